@@ -1,0 +1,45 @@
+"""Alphabets by name and from files."""
+
+import pytest
+
+from keys import ALPHABETS, load_alphabet
+
+
+def test_named_alphabets():
+    sizes = {name: len(set(load_alphabet(name))) for name in ALPHABETS}
+    assert sizes == {"digits": 10, "digits_upper": 36, "alnum59": 59, "alnum62": 62}
+    assert set(load_alphabet("alnum62")) - set(load_alphabet("alnum59")) == set("IOl")
+
+
+@pytest.mark.parametrize("ending", ["", "\n", "\r\n"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_alphabet_from_a_file(tmp_path, ending, encoding):
+    path = tmp_path / "keys.txt"
+    path.write_bytes(("äß 中7" + ending).encode(encoding))
+    assert load_alphabet(str(path)) == "äß 中7"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "empty"),
+        ("\n", "empty"),
+        ("aba", "'a'"),
+        ("ab\ncd", "line break"),
+        ("a\u2028", "break"),
+    ],
+)
+def test_refused_files(tmp_path, content, reason):
+    path = tmp_path / "keys.txt"
+    path.write_bytes(content.encode("utf-8"))
+    with pytest.raises(ValueError, match=reason) as error:
+        load_alphabet(str(path))
+    assert "keys.txt" in str(error.value)
+
+
+def test_unknown_names_and_other_encodings(tmp_path):
+    with pytest.raises(ValueError, match="digits_upper"):
+        load_alphabet("klingon")
+    (tmp_path / "latin1.txt").write_bytes("ä".encode("latin-1"))
+    with pytest.raises(ValueError, match="UTF-8"):
+        load_alphabet(str(tmp_path / "latin1.txt"))

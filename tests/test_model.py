@@ -1,0 +1,80 @@
+"""MicroNet is the network of the published table, and padding does not reach its output."""
+
+import pytest
+import torch
+from conftest import run_script
+
+from model import MicroNet, count_parameters, layer_table
+
+SIZES = {  # MB: input, activations, parameters, total
+    16: ("0.05", "0.73", "0.04", "0.82"),
+    64: ("0.05", "2.89", "0.17", "3.10"),
+    128: ("0.05", "5.76", "0.40", "6.21"),
+}
+CONVOLUTIONS = {  # parameters: patches, depthwise, pointwise, their batch norm, linear, total
+    16: (784, 160, 272, 32, 7740, 9548),
+    64: (3136, 640, 4160, 128, 30780, 44156),
+    128: (6272, 1280, 16512, 256, 61500, 104636),
+}
+
+
+@pytest.mark.parametrize("nh", [16, 64, 128])
+def test_every_row_of_the_table(nh):
+    patches, depthwise, pointwise, bn, linear, total = CONVOLUTIONS[nh]
+    shape = (nh, 8, 32)
+
+    def conv_bn_act(parameters):
+        return [
+            ("ConvBNACT", shape, parameters + bn),
+            ("Conv2d", shape, parameters),
+            ("BatchNorm2d", shape, bn),
+            ("GELU", shape, 0),
+        ]
+
+    block = [
+        ("MicroBlock", shape, depthwise + pointwise + 2 * bn),
+        *conv_bn_act(depthwise),
+        *conv_bn_act(pointwise),
+    ]
+    expected = [
+        *conv_bn_act(patches),
+        *block,
+        *block,
+        ("Flatten", (8 * nh, 32), 0),
+        ("Linear", (32, 60), linear),
+    ]
+    model = MicroNet(nh=nh)
+    rows, sizes = layer_table(model)
+    assert [row[1:] for row in rows] == expected
+    assert count_parameters(model) == total == sum(p.numel() for p in model.parameters())
+    assert tuple(f"{megabytes:.2f}" for megabytes in sizes.values()) == SIZES[nh]
+
+
+def test_the_printed_table(tmp_path):
+    output = run_script("model.py", "--nh", 64, cwd=tmp_path).stdout
+    assert "44,156" in output
+    assert output.count("ConvBNACT") == 5
+    assert [line.split()[-1] for line in output.splitlines()[-4:]] == list(SIZES[64])
+
+
+def test_padding_and_neighbours_change_nothing():
+    torch.manual_seed(0)
+    model = MicroNet(nh=8, nclass=11)
+    model(torch.randn(16, 3, 32, 64))  # batch norm statistics that are not the initial ones
+    model.eval()
+    widths = torch.tensor([4, 20, 64, 36])
+    images = torch.randn(4, 3, 32, 64)
+    together = model(images, widths)
+    assert together.shape == (4, 16, 11)
+    for image, width, logits in zip(images, widths, together, strict=True):
+        alone = model(image[None, :, :, :width])
+        torch.testing.assert_close(alone[0], logits[: width // 4], atol=1e-5, rtol=1e-5)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    model = MicroNet()
+    for shape in [(1, 3, 32, 30), (1, 3, 28, 32)]:
+        with pytest.raises(ValueError, match="multiple of 4"):
+            model(torch.zeros(shape))
+    with pytest.raises(ValueError, match="img_height"):
+        MicroNet(img_height=30)
