@@ -1,0 +1,55 @@
+"""The CTC loss, on logits."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ctc_label_converter import BLANK
+
+
+class CTCLoss(nn.Module):
+    """Connectionist Temporal Classification (Graves et al., ICML 2006).
+
+    Attributes:
+        smoothing: share of a uniform distribution that each column's probabilities
+            are also pulled towards, 0 to 1 (label smoothing, Szegedy et al., arXiv
+            1512.00567). In the first steps it keeps CTC from settling on columns
+            at a glyph's edge: see train.py.
+    """
+
+    def __init__(self, smoothing=0.0):
+        super().__init__()
+        self.smoothing = smoothing
+
+    def forward(self, logits, targets, columns, target_lengths):
+        """Mean over the images of the loss of each, in nats.
+
+        Args:
+            logits: (N, T, nclass).
+            targets: (sum of target_lengths,) int64, no blanks.
+            columns: (N,) int64, columns of each image that count, at most T.
+            target_lengths: (N,) int64.
+
+        Returns:
+            a scalar; infinite where a text does not fit its columns.
+        """
+        log_probs = logits.log_softmax(2)
+        if log_probs.device.type == "mps":  # has no CTC
+            log_probs = log_probs.cpu()
+        targets, columns, target_lengths = (
+            tensor.to(log_probs.device) for tensor in (targets, columns, target_lengths)
+        )
+        per_image = F.ctc_loss(
+            log_probs.transpose(0, 1),
+            targets,
+            columns,
+            target_lengths,
+            blank=BLANK,
+            reduction="none",
+        )
+        loss = per_image.mean()
+        if self.smoothing:
+            inside = torch.arange(log_probs.shape[1], device=columns.device) < columns[:, None]
+            uniform = -(log_probs.mean(2) * inside).sum(1).mean()
+            loss = (1 - self.smoothing) * loss + self.smoothing * uniform
+        return loss
