@@ -1,0 +1,240 @@
+"""From image files and labels to pixels: the one way for training, evaluation and inference.
+
+A data set is described by a label file, UTF-8, a line an image, paths relative to
+the file's folder:
+
+    train/00000.png<TAB>pYaq
+"""
+
+import io
+import math
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
+
+COLUMN = 4  # pixels: the network reads an image in columns of this width
+MAX_PIXELS = 2**24  # of an image file, 16.8 million: checked before it is decoded
+MAX_WIDTH = 4096  # pixels, after resizing
+# What people keep images in. Pillow knows more, some by starting other programs.
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
+
+# Pillow's warning comes before our own, lower limit can refuse the image.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class ImageError(ValueError):
+    """An image that cannot be read; the message continues a sentence that names it."""
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What is done to an image before the network sees it. Travels with the checkpoint.
+
+    Attributes:
+        height: pixels, every image is resized to it.
+        width: pixels, a multiple of 4, or None to keep the aspect ratio.
+        mean, std: the network gets (pixel - mean) / std, a pixel is 0 to 255.
+    """
+
+    height: int = 32
+    width: int | None = None
+    mean: float = 127.5
+    std: float = 127.5
+
+    def __call__(self, image):
+        """Resize an RGB `PIL.Image` to (3, height, W) uint8, W a multiple of 4.
+
+        Raises ImageError where the aspect ratio makes it wider than 4,096 pixels.
+        """
+        width = self.width
+        if width is None:
+            columns = max(1, round(image.width * self.height / image.height / COLUMN))
+            width = columns * COLUMN
+        if width > MAX_WIDTH:
+            raise ImageError(
+                f"has {image.width}x{image.height} pixels, that is {width} pixels wide at height "
+                f"{self.height}, more than {MAX_WIDTH}: cut it into lines of text"
+            )
+        if image.size != (width, self.height):
+            image = image.resize((width, self.height), Image.Resampling.BILINEAR)
+        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+    def normalise(self, pixels):
+        """uint8 tensor of any shape -> float32 tensor, by mean and std."""
+        return pixels.float().sub_(self.mean).div_(self.std)
+
+
+def read_image(source):
+    """Read an image of any mode as RGB, upright, transparency on white.
+
+    Args:
+        source: a path, the bytes of a file, or a `PIL.Image`.
+
+    Returns:
+        an RGB `PIL.Image` of at least 2x2 pixels.
+
+    Raises:
+        ImageError: there is no such file, it is no complete image in one of FORMATS,
+            or it has too few or too many pixels.
+    """
+    try:
+        if isinstance(source, Image.Image):
+            return _to_rgb(source)
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(file, formats=FORMATS) as image:
+            return _to_rgb(image)
+    except ImageError:
+        raise
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise ImageError(f"cannot be opened ({error.strerror})") from None
+    except UnidentifiedImageError:
+        raise ImageError(f"is not an image that can be read ({', '.join(FORMATS)})") from None
+    except Image.DecompressionBombError:
+        raise ImageError(f"has more than {MAX_PIXELS:,} pixels") from None
+    except Exception as error:  # Pillow's decoders raise nearly anything on broken files
+        raise ImageError(f"is a broken image file ({error})") from None
+
+
+def _to_rgb(image):
+    if min(image.size) < 2:
+        raise ImageError(f"has {image.width}x{image.height} pixels, at least 2x2 are needed")
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(
+            f"has {image.width}x{image.height} pixels, more than {MAX_PIXELS:,} are refused"
+        )
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _to_8_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _to_8_bits(image):
+    """Scale 16-bit (0 to 65,535), 32-bit or float (0 to 1) grey to 'L', which Pillow would clip."""
+    pixels = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    if image.mode == "F":
+        scale = 255 if pixels.max() <= 1 else 1
+    else:
+        scale = 1 / 257 if image.mode.startswith("I;16") or pixels.max() > 255 else 1
+    return Image.fromarray((pixels * scale).round().clip(0, 255).astype(np.uint8))
+
+
+def read_label_file(path):
+    """Read a label file. A byte-order mark and CRLF line ends are accepted.
+
+    Returns:
+        [(line number, image path as written, label)], blank lines left out.
+
+    Raises ValueError naming every line without a tab, a path or a label.
+    """
+    path = Path(path)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{path}: the label file cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}:{line}: is not UTF-8, save the label file as UTF-8") from None
+    lines, problems = [], []
+    # Not splitlines: a label may hold characters that only it takes for line breaks.
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line.removesuffix("\r")
+        if not line:
+            continue
+        image, tab, label = line.partition("\t")
+        if not tab:
+            problems.append(f"{path}:{number}: no tab between the image's path and its label")
+        elif not image:
+            problems.append(f"{path}:{number}: no image path before the tab")
+        elif not label:
+            problems.append(f"{path}:{number}: the label is empty")
+        else:
+            lines.append((number, image, label))
+    if problems:
+        raise ValueError("\n".join(problems))
+    if not lines:
+        raise ValueError(f"{path}: the data set is empty, it needs lines of image<TAB>label")
+    return lines
+
+
+def columns_needed(label):
+    """Columns that CTC needs for ``label``: one a character, and a blank between repeats."""
+    return len(label) + sum(a == b for a, b in pairwise(label))
+
+
+class TextImageDataset:
+    """All images of a label file, decoded, as uint8 in memory.
+
+    Args:
+        label_file: path of the label file.
+        alphabet: the characters that labels may hold.
+        preprocess: a `Preprocess`.
+
+    Item i is ((3, height, W) uint8 array, label).
+
+    Raises ValueError, naming file and line of everything that cannot be trained on.
+    """
+
+    def __init__(self, label_file, alphabet, preprocess):
+        lines = read_label_file(label_file)
+        folder = Path(label_file).parent
+        known = set(alphabet)
+
+        def load(line):
+            """Returns (array, label), or the text of a problem."""
+            number, path, label = line
+            where = f"{label_file}:{number}"
+            unknown = sorted(set(label) - known)
+            if unknown:
+                return f"{where}: {' '.join(map(repr, unknown))} in {label!r} not in the alphabet"
+            try:
+                pixels = preprocess(read_image(folder / path))
+            except ImageError as error:
+                return f"{where}: {folder / path} {error}"
+            columns = pixels.shape[2] // COLUMN
+            if columns_needed(label) > columns:
+                return (
+                    f"{where}: {label!r} needs {columns_needed(label)} columns of {COLUMN} pixels, "
+                    f"{folder / path} has {columns} at height {preprocess.height}"
+                )
+            return pixels, label
+
+        # Pillow decodes outside the interpreter's lock, so threads help.
+        with ThreadPoolExecutor() as pool:
+            name = Path(label_file).name
+            items = list(tqdm(pool.map(load, lines), name, len(lines), leave=False, unit="img"))
+        problems = [item for item in items if isinstance(item, str)]
+        if problems:
+            raise ValueError("\n".join(problems))
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+def contact_sheet(images, captions, columns=8):
+    """Draw `PIL.Image`s in a grid, each with its caption below. Returns an RGB image."""
+    cell_width = max(image.width for image in images) + 8
+    cell_height = max(image.height for image in images) + 26
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (min(columns, len(images)) * cell_width, rows * cell_height), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(14)
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        x, y = i % columns * cell_width + 4, i // columns * cell_height + 4
+        sheet.paste(image, (x, y))
+        middle = x + image.width / 2, y + image.height + 9
+        draw.text(middle, caption, font=font, fill="black", anchor="mm")
+    return sheet
