@@ -1,0 +1,345 @@
+"""Draw captcha images with labels, for training and evaluation.
+
+    python gen_image.py                         # 5,000 + 500 images into data/simple
+    python gen_image.py --length 3-8 --alphabet digits --out data/digits
+    python gen_image.py --font A.ttf --font B.ttf --seed 7 --force
+
+A data set is a folder:
+
+    train.txt, test.txt      UTF-8, a line an image: train/00000.png<TAB>label
+    train/, test/            the images, PNG
+    preview.png              the first training images with their labels
+
+Every image is drawn from a random stream of its own, named by seed, split and
+index. So the same seed gives the same bytes whatever the number of workers, and
+no training image shares its stream with a test image.
+"""
+
+import argparse
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from captcha.image import DEFAULT_FONTS, ImageCaptcha
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from tqdm import tqdm
+
+from dataset import contact_sheet
+from keys import load_alphabet
+
+TASKS = {"simple": {"alphabet": "alnum59", "length": "4", "height": 32}}
+SPLITS = ("train", "test")
+CHUNK = 100  # images a worker draws at a time
+PREVIEW = 48  # images on the contact sheet
+
+
+class PlainCaptcha(ImageCaptcha):
+    """Captcha images of plain glyphs, which keep their size and baseline.
+
+    ImageCaptcha stretches every glyph to its line box, which makes c and C, o
+    and 0 the same picture. Here a glyph is drawn as the font has it, then
+    rotated and shifted.
+
+    Args:
+        width, height: size of the image in pixels.
+        fonts: paths of TrueType or OpenType fonts, one is picked for each glyph.
+        alphabet: the characters that will be drawn; the font size is the largest
+            at which the widest of them fits its share of the image.
+        length: the most characters an image will hold.
+        rng: a `random.Random`, the only source of randomness.
+    """
+
+    character_rotate = (-15, 15)  # degrees
+
+    def __init__(self, width, height, fonts, alphabet, length, rng):
+        # Sizes scale with the font size, so one measurement at 100 pixels is enough.
+        large = [load_font(font, 100) for font in fonts]
+        boxes = [font.getbbox(alphabet, anchor="ls") for font in large]
+        tallest = max(bottom - top for _, top, _, bottom in boxes)
+        widest = max(font.getlength(c) for font in large for c in alphabet)
+        # The rest is for rotation, shifts and the gaps between the glyphs.
+        size = int(100 * min(0.78 * height / tallest, 0.8 * width / length / widest))
+        super().__init__(width, height, fonts, (max(1, size),))
+        self._truefonts = [load_font(font, max(1, size)) for font in fonts]
+        # The alphabet as a whole stands in the middle, each glyph on the common baseline.
+        self._baselines = [
+            (height - (top + bottom) * size / 100) / 2 for _, top, _, bottom in boxes
+        ]
+        self.rng = rng
+
+    def _draw_character(self, c):
+        """Return the mask ('L') of one rotated glyph, in a box of the image's height."""
+        i = self.rng.randrange(len(self._truefonts))
+        font, baseline = self._truefonts[i], self._baselines[i]
+        margin = self._height // 4  # a rotated corner stays inside
+        box = Image.new("L", (round(font.getlength(c)) + 2 * margin, self._height))
+        shift = self._height * self.rng.uniform(-0.06, 0.06)
+        ImageDraw.Draw(box).text((margin, baseline + shift), c, font=font, fill=255, anchor="ls")
+        return box.rotate(self.rng.uniform(*self.character_rotate), Image.Resampling.BILINEAR)
+
+    def create_captcha_image(self, chars, color, background):
+        """Draw ``chars`` with uneven spaces between them, without noise.
+
+        Args:
+            chars: the text.
+            color, background: (R, G, B), each 0 to 255.
+
+        Returns:
+            an RGB image of the captcha's width and height.
+        """
+        image = Image.new("RGB", (self._width, self._height), background)
+        margin = self._height // 4
+        glyphs = [self._draw_character(c) for c in chars]
+        free = self._width - sum(glyph.width - 2 * margin for glyph in glyphs)
+        # At least half of an even share, so that neighbours do not run together.
+        weights = [self.rng.uniform(1, 3) for _ in range(len(glyphs) + 1)]
+        x = 0.0
+        for glyph, weight in zip(glyphs, weights, strict=False):
+            x += free * weight / sum(weights)
+            image.paste(color, (round(x) - margin, 0), glyph)
+            x += glyph.width - 2 * margin
+        return image
+
+    def generate_image(self, chars):
+        """Draw ``chars`` in a random dark colour on a random light ground, smoothed."""
+        background = tuple(self.rng.randint(200, 255) for _ in range(3))
+        color = tuple(self.rng.randint(0, 110) for _ in range(3))
+        return self.create_captcha_image(chars, color, background).filter(ImageFilter.SMOOTH)
+
+
+def load_font(path, size):
+    """Return the font at ``path`` in ``size`` pixels. Raises ValueError if there is none."""
+    try:
+        # The basic layout is the same on every machine, Raqm may be missing.
+        return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+    except OSError as error:
+        raise ValueError(
+            f"--font {path}: cannot be used as a TrueType or OpenType font ({error})"
+        ) from None
+
+
+def check_glyphs(path, alphabet):
+    """Raise ValueError if the font at ``path`` lacks a glyph for a character of ``alphabet``."""
+    font = load_font(path, 32)
+
+    def drawn(character):
+        mask = font.getmask(character)
+        return mask.size, bytes(mask)
+
+    # What a font draws for a code point that Unicode will never assign: its
+    # "not defined" box, or nothing.
+    missing_glyph = drawn("\U0010ffff")
+    lacking = [c for c in alphabet if not c.isspace() and drawn(c) == missing_glyph]
+    if lacking:
+        shown = " ".join(lacking[:20]) + (" ..." if len(lacking) > 20 else "")
+        raise ValueError(
+            f"--font {path}: has no glyph for {len(lacking)} of {len(alphabet)} characters "
+            f"({shown}); choose another font or another --alphabet"
+        )
+
+
+def draw_images(folder, split, indices, args):
+    """Draw the images ``indices`` of ``split`` into ``folder``. Returns their labels."""
+    low, high = args.length
+    captcha = PlainCaptcha(args.width, args.height, args.font, args.alphabet, high, random.Random())
+    labels = []
+    for index in indices:
+        captcha.rng.seed(f"{args.seed}/{split}/{index}")
+        length = captcha.rng.randint(low, high)
+        label = "".join(captcha.rng.choices(args.alphabet, k=length))
+        captcha.generate_image(label).save(folder / split / f"{index:05d}.png", compress_level=1)
+        labels.append(label)
+    return labels
+
+
+def follow_parent():
+    """Make a worker ignore Ctrl-C, which its parent handles, and end when its parent does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def generate(folder, args):
+    """Draw a whole data set into the existing empty ``folder``."""
+    chunks = []
+    for split in SPLITS:
+        (folder / split).mkdir()
+        count = getattr(args, split)
+        chunks += [(split, range(i, min(i + CHUNK, count))) for i in range(0, count, CHUNK)]
+    labels = {}
+    workers = min(args.workers, len(chunks))
+    with (
+        ProcessPoolExecutor(workers, initializer=follow_parent) as pool,
+        tqdm(total=args.train + args.test, desc="drawing", unit="img") as bar,
+    ):
+        jobs = {pool.submit(draw_images, folder, *chunk, args): chunk for chunk in chunks}
+        try:
+            for job in as_completed(jobs):
+                split, indices = jobs[job]
+                labels.update(zip([(split, i) for i in indices], job.result(), strict=True))
+                bar.update(len(indices))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    lines = {
+        split: [(f"{split}/{i:05d}.png", labels[split, i]) for i in range(getattr(args, split))]
+        for split in SPLITS
+    }
+    images = []
+    for path, _ in lines["train"][:PREVIEW]:
+        with Image.open(folder / path) as image:
+            images.append(image.copy())
+    captions = [label for _, label in lines["train"][:PREVIEW]]
+    contact_sheet(images, captions).save(folder / "preview.png")
+    for split in SPLITS:
+        text = "".join(f"{path}\t{label}\n" for path, label in lines[split])
+        (folder / f"{split}.txt").write_text(text, encoding="utf-8", newline="\n")
+
+
+def holds_only_a_data_set(folder):
+    """Whether every entry of ``folder`` is one that this script writes."""
+    ours = {"preview.png", *SPLITS, *(f"{split}.txt" for split in SPLITS)}
+    return folder.is_dir() and {entry.name for entry in folder.iterdir()} <= ours
+
+
+def write_data_set(args):
+    """Draw a data set and move it to ``args.out`` when it is complete."""
+    out = args.out
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        if not holds_only_a_data_set(out):
+            raise ValueError(f"{out}: holds other files than a data set's, choose another --out")
+        if not args.force:
+            raise ValueError(f"{out}: already holds a data set, --force replaces it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # A sibling, so that the last step is a rename on the same disk.
+        scratch = Path(tempfile.mkdtemp(prefix=f"{out.name}.unfinished-", dir=out.parent))
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be written ({error})") from None
+    try:
+        new, old = scratch / "new", scratch / "old"
+        new.mkdir()
+        generate(new, args)
+        if out.exists():
+            out.rename(old)
+        new.rename(out)
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be written ({error})") from None
+    except BrokenProcessPool:
+        raise ValueError(f"{out}: a worker died, try fewer --workers") from None
+    finally:
+        if not out.exists() and old.exists():
+            old.rename(out)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def length_range(text):
+    """Parse "4" or "3-8" into (3, 8)."""
+    low, _, high = text.partition("-")
+    bounds = int(low), int(high or low)
+    if not 1 <= bounds[0] <= bounds[1]:
+        raise ValueError(text)
+    return bounds
+
+
+def count(text):
+    """Parse a whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+def parse_args(argv=None):
+    """Parse the command line. Raises ValueError for settings that cannot be drawn."""
+    parser = argparse.ArgumentParser(
+        description="Draw captcha images with labels, for training and evaluation."
+    )
+    parser.add_argument(
+        "--task",
+        choices=TASKS,
+        default="simple",
+        help="what to draw; sets the defaults of the flags below (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of the data set (default: data/TASK)"
+    )
+    parser.add_argument(
+        "--train", type=count, default=5000, help="training images (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--test", type=count, default=500, help="test images (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--length",
+        type=length_range,
+        metavar="N or N-M",
+        help="characters an image, fixed or a range (default: 4)",
+    )
+    parser.add_argument(
+        "--alphabet", help="an alphabet's name or a UTF-8 text file (default: alnum59)"
+    )
+    parser.add_argument(
+        "--font",
+        action="append",
+        metavar="FILE",
+        help="a font to draw with, may be repeated (default: the captcha package's)",
+    )
+    parser.add_argument(
+        "--width", type=count, help="pixels (default: the height, times the longest length)"
+    )
+    parser.add_argument("--height", type=count, help="pixels (default: 32)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument(
+        "--workers",
+        type=count,
+        default=os.cpu_count() or 1,
+        help="processes; the images do not depend on it (default: all cores)",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="replace the data set that is already there"
+    )
+    args = parser.parse_args(argv)
+    task = TASKS[args.task]
+    args.out = args.out or Path("data") / args.task
+    args.length = args.length or length_range(task["length"])
+    args.alphabet = load_alphabet(args.alphabet or task["alphabet"])
+    args.height = args.height or task["height"]
+    args.width = args.width or args.height * args.length[1]
+    args.font = args.font or DEFAULT_FONTS
+    for font in args.font:
+        check_glyphs(font, args.alphabet)
+    if args.height < 16 or args.width < args.length[1] * args.height / 4:
+        raise ValueError(
+            f"{args.width}x{args.height} pixels are too few for {args.length[1]} legible "
+            "characters: --height at least 16, --width at least a quarter of it each"
+        )
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    write_data_set(args)
+    print(f"{args.train} training and {args.test} test images in {args.out}")
+    print(f"{args.out / 'preview.png'} shows the first {min(args.train, PREVIEW)} of them")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"gen_image.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("gen_image.py: interrupted, nothing was written")

@@ -1,0 +1,126 @@
+"""Drawing: reproducible, distinct, complete or not there at all."""
+
+import hashlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from captcha.image import DEFAULT_FONTS
+from conftest import ROOT, assert_clear_error, run_script
+from PIL import Image
+
+SMALL = ["--train", 130, "--test", 20]
+
+
+def digest(folder):
+    """{relative path: hash of the bytes} of all files below ``folder``."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("drawn") / "one"
+    process = run_script("gen_image.py", "--out", folder, *SMALL, "--workers", 1, cwd=folder.parent)
+    assert process.returncode == 0, process.stderr
+    return folder
+
+
+def test_a_data_set_is_what_the_readme_says(drawn):
+    labels = []
+    for split, count in (("train", 130), ("test", 20)):
+        text = (drawn / f"{split}.txt").read_bytes().decode("utf-8")
+        lines = [line.split("\t") for line in text.removesuffix("\n").split("\n")]
+        assert [path for path, _ in lines] == [f"{split}/{i:05d}.png" for i in range(count)]
+        labels.append([label for _, label in lines])
+        for path, label in lines:
+            assert len(label) == 4
+            with Image.open(drawn / path) as image:
+                assert (image.size, image.mode) == ((128, 32), "RGB")
+    assert labels[0][:20] != labels[1]  # train and test do not share their random stream
+    assert Image.open(drawn / "preview.png").width > 500
+
+
+def test_same_seed_same_bytes_whatever_the_workers_and_no_two_alike(drawn, tmp_path):
+    again, other = tmp_path / "again", tmp_path / "other"
+    run_script("gen_image.py", "--out", again, *SMALL, "--workers", 3, cwd=tmp_path)
+    run_script("gen_image.py", "--out", other, *SMALL, "--seed", 1, cwd=tmp_path)
+    first = digest(drawn)
+    assert digest(again) == first
+    pictures = [hash for folder in (drawn, other) for hash in digest(folder).values()]
+    assert len(set(pictures)) == len(pictures)
+
+
+def test_flags(tmp_path):
+    (tmp_path / "keys.txt").write_text("xyz", encoding="utf-8")
+    process = run_script(
+        "gen_image.py", "--out", tmp_path / "a b", "--train", 40, "--test", 5, "--length", "3-8",
+        "--alphabet", tmp_path / "keys.txt", "--font", DEFAULT_FONTS[0], "--font", DEFAULT_FONTS[0],
+        "--height", 48, cwd=tmp_path,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    lines = (tmp_path / "a b" / "train.txt").read_text(encoding="utf-8").splitlines()
+    lengths = {len(line.split("\t")[1]) for line in lines}
+    assert lengths == {3, 4, 5, 6, 7, 8}
+    with Image.open(tmp_path / "a b" / "train" / "00000.png") as image:
+        assert image.size == (8 * 48, 48)
+
+
+def test_nothing_on_disk_is_overwritten_unasked(tmp_path):
+    out = tmp_path / "set"
+    few = ["--out", out, "--train", 3, "--test", 2]
+    assert run_script("gen_image.py", *few, cwd=tmp_path).returncode == 0
+    before = digest(out)
+    again = run_script("gen_image.py", *few, "--seed", 1, cwd=tmp_path)
+    assert_clear_error(again, "already holds a data set", "--force")
+    assert digest(out) == before
+    assert run_script("gen_image.py", *few, "--seed", 1, "--force", cwd=tmp_path).returncode == 0
+    assert digest(out) != before
+
+    (out / "thesis.doc").write_text("years of work", encoding="utf-8")
+    foreign = run_script("gen_image.py", *few, "--force", cwd=tmp_path)
+    assert_clear_error(foreign, "other files")
+    assert (out / "thesis.doc").exists()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["set"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_leaves_no_data_set(tmp_path, how):
+    out = tmp_path / "set"
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "gen_image.py", "--out", out], stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("*/new/train/*.png")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(how)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert b"Traceback" not in stderr
+    assert not out.exists()
+    if how == signal.SIGINT:
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_input(tmp_path):
+    (tmp_path / "han.txt").write_text("a中文", encoding="utf-8")
+    (tmp_path / "not_a_font.ttf").write_text("hello", encoding="utf-8")
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    for arguments, fragments in [
+        (["--font", "nowhere.ttf"], ["nowhere.ttf"]),
+        (["--font", "not_a_font.ttf"], ["not_a_font.ttf"]),
+        (["--alphabet", "han.txt"], ["no glyph for 2 of 3", "中"]),
+        (["--length", "8-3"], ["--length"]),
+        (["--width", "20"], ["--width"]),
+        (["--train", "0"], ["--train"]),
+        (["--out", tmp_path / "file" / "set"], ["cannot be written"]),
+    ]:
+        process = run_script("gen_image.py", *arguments, cwd=tmp_path)
+        assert_clear_error(process, *fragments)
+    assert not (tmp_path / "data").exists()
