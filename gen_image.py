@@ -176,10 +176,10 @@ def generate(folder, args):
     chunks = []
     for split in SPLITS:
         (folder / split).mkdir()
-        count = getattr(args, split)
-        chunks += [(split, range(i, min(i + CHUNK, count))) for i in range(0, count, CHUNK)]
+        total = getattr(args, split)
+        chunks += [(split, range(i, min(i + CHUNK, total))) for i in range(0, total, CHUNK)]
     labels = {}
-    workers = min(args.workers, len(chunks))
+    workers = min(args.workers, len(chunks), 61)  # Windows cannot wait for more
     with (
         ProcessPoolExecutor(workers, initializer=follow_parent) as pool,
         tqdm(total=args.train + args.test, desc="drawing", unit="img") as bar,
