@@ -36,12 +36,10 @@ class CTCLoss(nn.Module):
         log_probs = logits.log_softmax(2)
         if log_probs.device.type == "mps":  # has no CTC
             log_probs = log_probs.cpu()
-        targets, columns, target_lengths = (
-            tensor.to(log_probs.device) for tensor in (targets, columns, target_lengths)
-        )
+        # The lengths stay on the CPU, where CTC wants them.
         per_image = F.ctc_loss(
             log_probs.transpose(0, 1),
-            targets,
+            targets.to(log_probs.device),
             columns,
             target_lengths,
             blank=BLANK,
@@ -49,7 +47,7 @@ class CTCLoss(nn.Module):
         )
         loss = per_image.mean()
         if self.smoothing:
-            inside = torch.arange(log_probs.shape[1], device=columns.device) < columns[:, None]
-            uniform = -(log_probs.mean(2) * inside).sum(1).mean()
+            inside = torch.arange(log_probs.shape[1]) < columns[:, None]
+            uniform = -(log_probs.mean(2) * inside.to(log_probs.device)).sum(1).mean()
             loss = (1 - self.smoothing) * loss + self.smoothing * uniform
         return loss
