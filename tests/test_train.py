@@ -1,0 +1,139 @@
+"""Training from image files to a checkpoint that reads, through the real command line."""
+
+import csv
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ENVIRONMENT, ROOT, assert_clear_error, run_script
+
+from train import learning_rate, supported_by
+
+NAME = "simple_nh16_depth2"
+
+
+def test_it_learns_to_read(trained, digits):
+    folder, process = trained
+    last = process.stdout.splitlines()[-1]
+    best, epoch, path = re.fullmatch(
+        r"best word accuracy (\S+) in epoch (\d+): (.*)", last
+    ).groups()
+    assert float(best) >= 0.95
+    with (folder / "save_model" / f"{NAME}.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == [
+        "epoch", "train_loss", "test_loss", "word_accuracy", "cer", "lr", "seconds",
+    ]  # fmt: skip
+    assert [int(row["epoch"]) for row in rows] == list(range(1, 13))
+    assert rows[int(epoch) - 1]["word_accuracy"] == best
+    assert float(best) == max(float(row["word_accuracy"]) for row in rows)
+
+    evaluation = run_script("train.py", "--evaluate", "--data", digits, cwd=folder)
+    line = evaluation.stdout.splitlines()[-1]
+    cer = rows[int(epoch) - 1]["cer"]
+    assert line == f"word accuracy {best}, CER {cer}, 100 images"
+    assert str(folder / path) == str(folder / "save_model" / f"{NAME}.pth")
+
+
+def train_briefly(digits, folder, *flags):
+    return run_script(
+        "train.py", "--data", digits, "--alphabet", "digits", "--epochs", 1, *flags, cwd=folder
+    )
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def test_same_seed_same_weights_and_earlier_runs_are_kept(digits, tmp_path):
+    for flags in ([], [], ["--seed", 1]):
+        assert train_briefly(digits, tmp_path, *flags).returncode == 0
+    saved = tmp_path / "save_model"
+    names = [f"{NAME}{number}.{kind}" for number in ("", ".1", ".2") for kind in ("csv", "pth")]
+    assert sorted(path.name for path in saved.iterdir()) == sorted(names)
+    first, again, other = (weights(saved / f"{NAME}{number}.pth") for number in (".1", ".2", ""))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not torch.equal(first["linear.weight"], other["linear.weight"])
+
+
+def test_start_from_weights(trained, digits, tmp_path):
+    start = trained[0] / "save_model" / f"{NAME}.pth"
+    flags = ["--epochs", 1, "--lr", 0.001, "--weights", start]
+    process = run_script("train.py", "--data", digits, *flags, cwd=tmp_path)
+    assert float(re.search(r"best word accuracy (\S+)", process.stdout)[1]) >= 0.95
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
+def test_ctrl_c_keeps_the_best_checkpoint(digits, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", "--data", digits, "--alphabet", "digits"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+    )
+    output = ""
+    while not re.search(r"epoch +2/35", output):
+        output += process.stdout.read(1) or pytest.fail(output)
+    process.send_signal(signal.SIGINT)
+    output += process.communicate(timeout=60)[0]
+    assert process.returncode == 130
+    assert "Traceback" not in output
+    assert re.search(rf"best word accuracy \S+ in epoch \d+: .*{NAME}.pth", output)
+    assert weights(tmp_path / "save_model" / f"{NAME}.pth")
+
+
+def test_bad_input(digits, trained, tmp_path):
+    (tmp_path / "file").write_text("xyz", encoding="utf-8")
+    (tmp_path / "resnet.pth").write_bytes(b"")
+    torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "resnet.pth")
+    checkpoint = torch.load(trained[0] / "save_model" / f"{NAME}.pth", weights_only=True)
+    torch.save(checkpoint | {"nh": 32}, tmp_path / "wrong_nh.pth")
+    (tmp_path / "text.pth").write_text("hello", encoding="utf-8")
+    shutil.copytree(digits, tmp_path / "broken")
+    lines = (digits / "train.txt").read_text(encoding="utf-8").splitlines()
+    lines[6] = "train/00006.png 123"
+    (tmp_path / "broken" / "train.txt").write_text("\n".join(lines), encoding="utf-8")
+    data = ["--data", digits, "--alphabet", "digits"]
+    for arguments, fragments in [
+        (["--data", tmp_path / "nowhere"], ["train.txt", "cannot be read"]),
+        (["--data", tmp_path / "broken", "--alphabet", "digits"], ["train.txt:7: no tab"]),
+        (["--data", digits, "--alphabet", tmp_path / "file"], ["train.txt:1: ", "alphabet"]),
+        ([*data, "--out", tmp_path / "file" / "out"], ["--out", "cannot be written"]),
+        ([*data, "--device", "cuda:99"], ["--device cuda:99"]),
+        ([*data, "--device", "toaster"], ["--device toaster"]),
+        ([*data, "--width", "30"], ["--width 30"]),
+        ([*data, "--lr", "-1"], ["--lr"]),
+        (["--evaluate", "--weights", "resnet.pth"], ["resnet.pth", "not a MicroOCR checkpoint"]),
+        (["--evaluate", "--weights", "wrong_nh.pth"], ["wrong_nh.pth", "not a MicroOCR"]),
+        (["--evaluate", "--weights", "text.pth"], ["text.pth", "not a MicroOCR checkpoint"]),
+        (["--evaluate", "--weights", "none.pth"], ["none.pth", "cannot be read"]),
+        (["--weights", "none.pth", "--nh", "8"], ["--nh"]),
+    ]:
+        assert_clear_error(run_script("train.py", *arguments, cwd=tmp_path), *fragments)
+    assert not (tmp_path / "save_model" / f"{NAME}.pth").exists()
+
+
+def test_which_torch_runs_on_which_card():
+    pascal_build, new_build = ["sm_50", "sm_60", "sm_70", "sm_90"], ["sm_75", "sm_90", "sm_100"]
+    assert supported_by((6, 1), pascal_build)  # GTX 1060: machine code for 6.0 serves 6.1
+    assert not supported_by((6, 1), new_build)
+    assert not supported_by((12, 0), pascal_build)
+    assert supported_by((12, 0), [*pascal_build, "compute_90"])
+    assert not supported_by((8, 0), ["sm_86"])
+
+
+def test_learning_rate_rises_then_falls():
+    rates = [learning_rate(step, 1000, 0.5) for step in range(1000)]
+    peak = rates.index(max(rates))
+    assert max(rates) == 0.5
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert 0 < rates[0] < 0.05
+    assert rates[-1] < 1e-6
