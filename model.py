@@ -78,9 +78,9 @@ class MicroNet(nn.Module):
 
         Args:
             images: (N, 3, img_height, W) float, normalised, W a multiple of 4.
-            widths: (N,) width of each image in pixels, where images are padded on
-                the right to a common W. Its columns come out as if it were alone;
-                those of the padding mean nothing. None: nothing is padded.
+            widths: (N,) width of each image in pixels, on the CPU, where images are
+                padded on the right to a common W. Its columns come out as if it were
+                alone; those of the padding mean nothing. None: nothing is padded.
 
         Returns:
             (N, W/4, nclass) logits, class 0 is the blank.
@@ -94,9 +94,10 @@ class MicroNet(nn.Module):
             )
         x = self.patches(images)  # (N, nh, img_height/4, W/4)
         inside = None
-        if widths is not None:
-            columns = torch.arange(x.shape[3], device=x.device)
-            inside = (columns < widths[:, None] // PATCH)[:, None, None]  # (N, 1, 1, W/4)
+        if widths is not None and (widths < images.shape[3]).any():
+            columns = torch.arange(x.shape[3], device=widths.device)
+            inside = columns < widths[:, None] // PATCH
+            inside = inside[:, None, None].to(x.device)  # (N, 1, 1, W/4)
         for block in self.blocks:
             # Beyond an image's edge the depthwise convolution must see zeros, as it
             # does beyond the batch's.

@@ -141,7 +141,7 @@ def evaluate(model, batches, converter, preprocess, device):
     texts, labels, total_loss = [], [], 0.0
     for batch in batches:
         images = preprocess.normalise(batch.images.to(device))
-        logits = model(images, batch.widths.to(device))
+        logits = model(images, batch.widths)
         columns = batch.widths // COLUMN
         loss = criterion(logits, batch.targets, columns, batch.target_lengths)
         total_loss += loss.item() * len(batch.labels)
@@ -345,7 +345,7 @@ def train(args, device):
                 criterion.smoothing = SMOOTHING * max(0.0, 1 - step / SMOOTHING_STEPS)
 
                 images = preprocess.normalise(batch.images.to(device))
-                logits = model(random_shift(images), batch.widths.to(device))
+                logits = model(random_shift(images), batch.widths)
                 columns = batch.widths // COLUMN
                 loss = criterion(logits, batch.targets, columns, batch.target_lengths)
 
