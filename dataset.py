@@ -8,6 +8,7 @@ the file's folder:
 
 import io
 import math
+import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +24,24 @@ MAX_PIXELS = 2**24  # of an image file, 16.8 million: checked before it is decod
 MAX_WIDTH = 4096  # pixels, after resizing
 # What people keep images in. Pillow knows more, some by starting other programs.
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
+# Where systems keep a font with Chinese characters, best known first.
+CHINESE_FONTS = (
+    "/usr/share/fonts/truetype/wqy/wqy-microhei.ttc",
+    "/usr/share/fonts/wqy-microhei/wqy-microhei.ttc",
+    "/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc",
+    "/usr/share/fonts/noto-cjk/NotoSansCJK-Regular.ttc",
+    "/usr/share/fonts/google-noto-sans-cjk-fonts/NotoSansCJK-Regular.ttc",
+    "/usr/share/fonts/truetype/wqy/wqy-zenhei.ttc",
+    "/usr/share/fonts/truetype/droid/DroidSansFallbackFull.ttf",
+    "/System/Library/Fonts/PingFang.ttc",
+    "/System/Library/Fonts/Hiragino Sans GB.ttc",
+    "/System/Library/Fonts/STHeiti Light.ttc",
+    "/Library/Fonts/Arial Unicode.ttf",
+    *(
+        os.path.join(os.environ.get("WINDIR", r"C:\Windows"), "Fonts", name)
+        for name in ("msyh.ttc", "simhei.ttf", "simsun.ttc", "Deng.ttf")
+    ),
+)
 
 # Pillow's warning comes before our own, lower limit can refuse the image.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -178,14 +197,15 @@ class TextImageDataset:
         label_file: path of the label file.
         alphabet: the characters that labels may hold.
         preprocess: a `Preprocess`.
+        limit: only the first so many lines are read. None: all.
 
     Item i is ((3, height, W) uint8 array, label).
 
     Raises ValueError, naming file and line of everything that cannot be trained on.
     """
 
-    def __init__(self, label_file, alphabet, preprocess):
-        lines = read_label_file(label_file)
+    def __init__(self, label_file, alphabet, preprocess, limit=None):
+        lines = read_label_file(label_file)[:limit]
         folder = Path(label_file).parent
         known = set(alphabet)
 
@@ -224,6 +244,11 @@ class TextImageDataset:
         return self.items[index]
 
 
+def find_chinese_font():
+    """Path of the first of CHINESE_FONTS that this machine has. None: it has none."""
+    return next((path for path in CHINESE_FONTS if os.path.exists(path)), None)
+
+
 def contact_sheet(images, captions, columns=8):
     """Draw `PIL.Image`s in a grid, each with its caption below. Returns an RGB image."""
     cell_width = max(image.width for image in images) + 8
@@ -232,6 +257,9 @@ def contact_sheet(images, captions, columns=8):
     sheet = Image.new("RGB", (min(columns, len(images)) * cell_width, rows * cell_height), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(14)
+    chinese = find_chinese_font()
+    if chinese and not all(caption.isascii() for caption in captions):
+        font = ImageFont.truetype(chinese, 15)  # Pillow's own font has Latin letters only
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         x, y = i % columns * cell_width + 4, i // columns * cell_height + 4
         sheet.paste(image, (x, y))

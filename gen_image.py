@@ -1,6 +1,8 @@
 """Draw captcha images with labels, for training and evaluation.
 
     python gen_image.py                         # 5,000 + 500 images into data/simple
+    python gen_image.py --task complex          # noise, curves and warp
+    python gen_image.py --task chinese          # the 3,755 characters of GB 2312 level 1
     python gen_image.py --length 3-8 --alphabet digits --out data/digits
     python gen_image.py --font A.ttf --font B.ttf --seed 7 --force
 
@@ -28,14 +30,33 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import captcha.image
 from captcha.image import DEFAULT_FONTS, ImageCaptcha
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
 
-from dataset import contact_sheet
+from dataset import contact_sheet, find_chinese_font
 from keys import load_alphabet
 
-TASKS = {"simple": {"alphabet": "alnum59", "length": "4", "height": 32}}
+# width: pixels a character, at that height.
+TASKS = {
+    "simple": {"alphabet": "alnum59", "width": 32, "height": 32, "train": 5000, "test": 500},
+    "complex": {
+        "alphabet": "digits_upper",
+        "width": 40,
+        "height": 60,
+        "train": 80000,
+        "test": 2000,
+    },
+    "chinese": {
+        "alphabet": "gb2312_level1",
+        "width": 32,
+        "height": 32,
+        "train": 60000,
+        "test": 2000,
+    },
+}
+LENGTH = "4"
 SPLITS = ("train", "test")
 CHUNK = 100  # images a worker draws at a time
 PREVIEW = 48  # images on the contact sheet
@@ -55,11 +76,10 @@ class PlainCaptcha(ImageCaptcha):
             at which the widest of them fits its share of the image.
         length: the most characters an image will hold.
         rng: a `random.Random`, the only source of randomness.
+        rotation: degrees that a glyph is turned by, at most.
     """
 
-    character_rotate = (-15, 15)  # degrees
-
-    def __init__(self, width, height, fonts, alphabet, length, rng):
+    def __init__(self, width, height, fonts, alphabet, length, rng, rotation=15):
         # Sizes scale with the font size, so one measurement at 100 pixels is enough.
         large = [load_font(font, 100) for font in fonts]
         boxes = [font.getbbox(alphabet, anchor="ls") for font in large]
@@ -74,6 +94,7 @@ class PlainCaptcha(ImageCaptcha):
             (height - (top + bottom) * size / 100) / 2 for _, top, _, bottom in boxes
         ]
         self.rng = rng
+        self.character_rotate = (-rotation, rotation)
 
     def _draw_character(self, c):
         """Return the mask ('L') of one rotated glyph, in a box of the image's height."""
@@ -115,6 +136,29 @@ class PlainCaptcha(ImageCaptcha):
         return self.create_captcha_image(chars, color, background).filter(ImageFilter.SMOOTH)
 
 
+class SeededSecrets:
+    """The functions of the module `secrets` that the captcha package calls, on ``rng``."""
+
+    def __init__(self, rng):
+        self.randbelow = rng.randrange
+        self.randbits = rng.getrandbits
+        self.choice = rng.choice
+
+
+def make_captcha(args, rng):
+    """The drawer of a task's images, an `ImageCaptcha` whose only randomness is ``rng``."""
+    length = args.length[1]
+    if args.task == "complex":
+        # The package draws from the operating system's randomness, which has no seed.
+        captcha.image.secrets = SeededSecrets(rng)
+        # Its own sizes, which are made for 60 pixels.
+        sizes = tuple(round(size * args.height / 60) for size in (42, 50, 56))
+        return ImageCaptcha(args.width, args.height, args.font, sizes)
+    # Strokes of Chinese characters are finer: a large turn at 26 pixels smears them.
+    rotation = 5 if args.task == "chinese" else 15
+    return PlainCaptcha(args.width, args.height, args.font, args.alphabet, length, rng, rotation)
+
+
 def load_font(path, size):
     """Return the font at ``path`` in ``size`` pixels. Raises ValueError if there is none."""
     try:
@@ -149,13 +193,13 @@ def check_glyphs(path, alphabet):
 def draw_images(folder, split, indices, args):
     """Draw the images ``indices`` of ``split`` into ``folder``. Returns their labels."""
     low, high = args.length
-    captcha = PlainCaptcha(args.width, args.height, args.font, args.alphabet, high, random.Random())
+    rng = random.Random()
+    drawer = make_captcha(args, rng)
     labels = []
     for index in indices:
-        captcha.rng.seed(f"{args.seed}/{split}/{index}")
-        length = captcha.rng.randint(low, high)
-        label = "".join(captcha.rng.choices(args.alphabet, k=length))
-        captcha.generate_image(label).save(folder / split / f"{index:05d}.png", compress_level=1)
+        rng.seed(f"{args.seed}/{split}/{index}")
+        label = "".join(rng.choices(args.alphabet, k=rng.randint(low, high)))
+        drawer.generate_image(label).save(folder / split / f"{index:05d}.png", compress_level=1)
         labels.append(label)
     return labels
 
@@ -262,6 +306,11 @@ def count(text):
     return number
 
 
+def defaults(setting, tasks=TASKS):
+    """A setting of all tasks, as the help texts show it: "A for simple, B for complex"."""
+    return ", ".join(f"{task[setting]} for {name}" for name, task in tasks.items())
+
+
 def parse_args(argv=None):
     """Parse the command line. Raises ValueError for settings that cannot be drawn."""
     parser = argparse.ArgumentParser(
@@ -277,30 +326,34 @@ def parse_args(argv=None):
         "--out", type=Path, metavar="DIR", help="folder of the data set (default: data/TASK)"
     )
     parser.add_argument(
-        "--train", type=count, default=5000, help="training images (default: %(default)s)"
+        "--train", type=count, help=f"training images (default: {defaults('train')})"
     )
-    parser.add_argument(
-        "--test", type=count, default=500, help="test images (default: %(default)s)"
-    )
+    parser.add_argument("--test", type=count, help=f"test images (default: {defaults('test')})")
     parser.add_argument(
         "--length",
         type=length_range,
+        default=length_range(LENGTH),
         metavar="N or N-M",
-        help="characters an image, fixed or a range (default: 4)",
+        help=f"characters an image, fixed or a range (default: {LENGTH})",
     )
     parser.add_argument(
-        "--alphabet", help="an alphabet's name or a UTF-8 text file (default: alnum59)"
+        "--alphabet",
+        help=f"an alphabet's name or a UTF-8 text file (default: {defaults('alphabet')})",
     )
     parser.add_argument(
         "--font",
         action="append",
         metavar="FILE",
-        help="a font to draw with, may be repeated (default: the captcha package's)",
+        help="a font to draw with, may be repeated (default: the captcha package's, for chinese "
+        "a system font)",
     )
     parser.add_argument(
-        "--width", type=count, help="pixels (default: the height, times the longest length)"
+        "--width",
+        type=count,
+        help=f"pixels (default: the longest length times {defaults('width')}, in proportion "
+        "to the height)",
     )
-    parser.add_argument("--height", type=count, help="pixels (default: 32)")
+    parser.add_argument("--height", type=count, help=f"pixels (default: {defaults('height')})")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument(
         "--workers",
@@ -314,11 +367,17 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     task = TASKS[args.task]
     args.out = args.out or Path("data") / args.task
-    args.length = args.length or length_range(task["length"])
+    args.train, args.test = args.train or task["train"], args.test or task["test"]
     args.alphabet = load_alphabet(args.alphabet or task["alphabet"])
     args.height = args.height or task["height"]
-    args.width = args.width or args.height * args.length[1]
-    args.font = args.font or DEFAULT_FONTS
+    args.width = args.width or args.length[1] * task["width"] * args.height // task["height"]
+    if not args.font:
+        args.font = [find_chinese_font()] if args.task == "chinese" else DEFAULT_FONTS
+        if None in args.font:
+            raise ValueError(
+                "no font with Chinese characters in the usual places: install one (on Debian "
+                "apt install fonts-wqy-microhei or fonts-noto-cjk) or name a file with --font"
+            )
     for font in args.font:
         check_glyphs(font, args.alphabet)
     if args.height < 16 or args.width < args.length[1] * args.height / 4:

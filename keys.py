@@ -9,7 +9,17 @@ characters follow in order, so ``nclass = len(alphabet) + 1``.
 """
 
 import string
+from collections import Counter
 from pathlib import Path
+
+# GB 2312 keeps its 3,755 most frequent characters, ordered by pronunciation, in rows 16
+# to 55 of 94 (GB 2312-1980); the last row has 89. In EUC-CN 0xA0 is added to row and cell.
+LEVEL_1 = bytes(
+    byte
+    for row in range(16, 56)
+    for cell in range(1, 90 if row == 55 else 95)
+    for byte in (0xA0 + row, 0xA0 + cell)
+)
 
 ALPHABETS = {
     "digits": string.digits,
@@ -17,6 +27,7 @@ ALPHABETS = {
     # Without I, O and l, which look like other characters. nclass = 60.
     "alnum59": "".join(c for c in string.digits + string.ascii_letters if c not in "IOl"),
     "alnum62": string.digits + string.ascii_letters,
+    "gb2312_level1": LEVEL_1.decode("gb2312"),
 }
 
 
@@ -30,7 +41,7 @@ def check_alphabet(alphabet, source="the alphabet"):
         raise ValueError(f"{source}: an alphabet needs at least one character, this one is empty")
     if len(alphabet.splitlines()) > 1 or alphabet != alphabet.splitlines()[0]:
         raise ValueError(f"{source}: an alphabet cannot contain a line break, write it as one line")
-    repeated = sorted({c for c in alphabet if alphabet.count(c) > 1})
+    repeated = sorted(c for c, times in Counter(alphabet).items() if times > 1)
     if repeated:
         raise ValueError(
             f"{source}: each character may stand once in an alphabet, "

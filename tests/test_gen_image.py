@@ -7,9 +7,13 @@ import sys
 import time
 
 import pytest
-from captcha.image import DEFAULT_FONTS
+from captcha.image import DEFAULT_FONTS, ImageCaptcha
 from conftest import ROOT, assert_clear_error, run_script
 from PIL import Image
+
+import gen_image
+from dataset import find_chinese_font
+from keys import ALPHABETS
 
 SMALL = ["--train", 130, "--test", 20]
 
@@ -54,6 +58,48 @@ def test_same_seed_same_bytes_whatever_the_workers_and_no_two_alike(drawn, tmp_p
     assert digest(again) == first
     pictures = [hash for folder in (drawn, other) for hash in digest(folder).values()]
     assert len(set(pictures)) == len(pictures)
+
+
+def test_complex_images_are_the_captcha_packages_own_but_seeded(tmp_path):
+    flags = ["--task", "complex", "--train", 120, "--test", 10]
+    for name, workers in (("one", 1), ("two", 2)):
+        process = run_script(
+            "gen_image.py", "--out", tmp_path / name, *flags, "--workers", workers, cwd=tmp_path
+        )
+        assert process.returncode == 0, process.stderr
+    first = digest(tmp_path / "one")
+    assert digest(tmp_path / "two") == first
+    assert len(set(first.values())) == len(first)
+    lines = (tmp_path / "one" / "train.txt").read_text(encoding="utf-8").splitlines()
+    assert set("".join(line.split("\t")[1] for line in lines)) == set(ALPHABETS["digits_upper"])
+    with Image.open(tmp_path / "one" / "train" / "00000.png") as image:
+        assert (image.size, image.mode) == ((160, 60), "RGB")
+    assert (ImageCaptcha.character_rotate, ImageCaptcha.character_warp_dx) == (
+        (-30, 30),
+        (0.1, 0.3),
+    )
+
+
+def test_chinese_images_hold_the_whole_alphabet(tmp_path):
+    if not find_chinese_font():
+        pytest.skip("no Chinese font on this machine: install fonts-wqy-microhei")
+    out = tmp_path / "chinese"
+    process = run_script(
+        "gen_image.py", "--task", "chinese", "--out", out, "--train", 8000, "--test", 1,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    lines = (out / "train.txt").read_text(encoding="utf-8").splitlines()
+    assert set("".join(line.split("\t")[1] for line in lines)) == set(ALPHABETS["gb2312_level1"])
+    with Image.open(out / "train" / "07999.png") as image:
+        assert image.size == (128, 32)
+        assert max(spread[1] - spread[0] for spread in image.getextrema()) > 80  # ink on ground
+
+
+def test_without_a_chinese_font_the_error_names_one(monkeypatch):
+    monkeypatch.setattr(gen_image, "find_chinese_font", lambda: None)
+    with pytest.raises(ValueError, match=r"fonts-wqy-microhei.*--font"):
+        gen_image.parse_args(["--task", "chinese"])
 
 
 def test_flags(tmp_path):
@@ -114,6 +160,7 @@ def test_bad_input(tmp_path):
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     for arguments, fragments in [
         (["--font", "nowhere.ttf"], ["nowhere.ttf"]),
+        (["--task", "chinese", "--font", DEFAULT_FONTS[0]], ["no glyph for 3755 of 3755"]),
         (["--font", "not_a_font.ttf"], ["not_a_font.ttf"]),
         (["--alphabet", "han.txt"], ["no glyph for 2 of 3", "中"]),
         (["--length", "8-3"], ["--length"]),

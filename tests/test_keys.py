@@ -7,7 +7,13 @@ from keys import ALPHABETS, load_alphabet
 
 def test_named_alphabets():
     sizes = {name: len(set(load_alphabet(name))) for name in ALPHABETS}
-    assert sizes == {"digits": 10, "digits_upper": 36, "alnum59": 59, "alnum62": 62}
+    assert sizes == {
+        "digits": 10, "digits_upper": 36, "alnum59": 59, "alnum62": 62, "gb2312_level1": 3755,
+    }  # fmt: skip
+    chinese = load_alphabet("gb2312_level1")
+    codes = [character.encode("gb2312") for character in chinese]
+    assert codes == sorted(codes)
+    assert chinese[0] + chinese[-1] == "啊座"  # the ends of level 1 in the standard's table
     assert set(load_alphabet("alnum62")) - set(load_alphabet("alnum59")) == set("IOl")
 
 
