@@ -1,5 +1,7 @@
 """Text to CTC targets, network output to text. Works on numpy arrays."""
 
+import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -13,11 +15,42 @@ class Reading(NamedTuple):
     text: the characters.
     confidence: probability of the whole text, 0 to 1.
     char_confidences: one probability a character, 0 to 1.
+    alternatives: the next best texts of a `Search` and their probabilities.
     """
 
     text: str
     confidence: float
     char_confidences: list[float]
+    alternatives: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Search:
+    """How to look for the most probable text, where greedy decoding is not enough.
+
+    Attributes:
+        beam: prefixes that are kept from column to column.
+        top: texts to return, the best one and its alternatives.
+        shortest, longest: characters that a text may have.
+        subset: characters that a text may hold, None: all.
+        lexicon: the texts to choose from, None: any. All are compared, without a beam.
+
+    A subset makes the probabilities conditional on it: they tell how probable a text
+    is among those that it allows. So does a lexicon. A length does not.
+    """
+
+    beam: int = 10
+    top: int = 1
+    shortest: int = 0
+    longest: int | None = None
+    subset: str | None = None
+    lexicon: tuple[str, ...] | None = None
+
+    def allows(self, text):
+        """Whether length and subset admit ``text``."""
+        return self.shortest <= len(text) <= (self.longest or math.inf) and (
+            self.subset is None or set(text) <= set(self.subset)
+        )
 
 
 class CTCLabelConverter:
@@ -25,10 +58,16 @@ class CTCLabelConverter:
 
     Args:
         alphabet: a string of distinct characters.
+        temperature: what logits are divided by before they become probabilities, greater
+            than 0. Fitted after the training, it makes the confidences say how often
+            texts are right (Guo et al., ICML 2017). It changes no greedy text.
     """
 
-    def __init__(self, alphabet):
+    def __init__(self, alphabet, temperature=1.0):
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"the temperature {temperature} is not greater than 0")
         self.alphabet = alphabet
+        self.temperature = temperature
         self.nclass = len(alphabet) + 1
         self._class_of = {character: i for i, character in enumerate(alphabet, 1)}
         self._character_of = np.array(["", *alphabet])
@@ -61,8 +100,7 @@ class CTCLabelConverter:
             alignments of `text_probability`.
         """
         count, total, _ = logits.shape
-        probs = np.exp(logits - logits.max(2, keepdims=True))
-        probs /= probs.sum(2, keepdims=True)
+        probs = softmax(logits / self.temperature)
         if columns is None:
             columns = np.full(count, total)
         inside = np.arange(total) < columns[:, None]
@@ -88,6 +126,151 @@ class CTCLabelConverter:
             )
             for a, b, confidence in zip(ends - lengths, ends, confidences, strict=True)
         ]
+
+    def search(self, logits, search):
+        """The most probable texts of each image, summed over their alignments.
+
+        Args:
+            logits: (N, T, nclass) float array.
+            search: a `Search`.
+
+        Returns:
+            N `Reading`s, with an empty text and a confidence of 0 where the search
+            allows none. A character's confidence is the highest probability among its
+            columns in the text's best alignment.
+
+        Raises ValueError for a subset or lexicon that the alphabet has nothing of.
+        """
+        probs = softmax(logits / self.temperature)
+        if search.subset is not None:
+            allowed = [BLANK, *(self._class_of[c] for c in search.subset if c in self._class_of)]
+            if len(allowed) == 1:
+                raise ValueError(f"no character of the subset {search.subset!r} is in the alphabet")
+            only = np.zeros_like(probs)
+            only[:, :, allowed] = probs[:, :, allowed]
+            probs = only / only.sum(2, keepdims=True)
+        words = None
+        if search.lexicon is not None:
+            words = [
+                word
+                for word in search.lexicon
+                if search.allows(word) and set(word) <= set(self.alphabet)
+            ]
+            if not words:
+                raise ValueError("no text of the lexicon fits the alphabet and the constraints")
+        readings = []
+        for image in probs:
+            if words is None:
+                found = [
+                    ("".join(self._character_of[list(prefix)]), probability)
+                    for prefix, probability in prefix_beam_search(
+                        image, search.beam, search.shortest, search.longest
+                    )
+                ]
+            else:
+                found = self._choose(image, words)
+            found = found[: search.top]
+            text, confidence = found[0] if found else ("", 0.0)
+            classes = np.array([self._class_of[c] for c in text], np.int64)
+            readings.append(
+                Reading(text, confidence, aligned_probabilities(image, classes), tuple(found[1:]))
+            )
+        return readings
+
+    def _choose(self, probs, words):
+        """[(word, its probability among ``words``)], the most probable first."""
+        targets, lengths = self.encode(words)
+        shape = (len(words), *probs.shape)
+        columns = np.full(len(words), len(probs))
+        scores = text_probability(np.broadcast_to(probs, shape), targets, columns, lengths)
+        scores /= max(scores.sum(), np.finfo(float).tiny)
+        return [(words[i], float(scores[i])) for i in np.argsort(-scores, kind="stable")]
+
+
+def softmax(logits):
+    """Probabilities along the last axis, of logits in any shape."""
+    probs = np.exp(logits - logits.max(-1, keepdims=True))
+    probs /= probs.sum(-1, keepdims=True)
+    return probs
+
+
+def prefix_beam_search(probs, beam, shortest=0, longest=None):
+    """The most probable texts, over all alignments (Graves and Jaitly, ICML 2014).
+
+    Args:
+        probs: (T, nclass) probabilities of one image.
+        beam: prefixes kept after each column.
+        shortest, longest: lengths that a text may have, None: any.
+
+    Returns:
+        [(tuple of classes, probability)], the most probable first, at most ``beam``.
+    """
+    # prefix -> probability of all paths to it that end in a blank, and in its last class
+    prefixes = {(): (1.0, 0.0)}
+    for t, column in enumerate(probs):
+        left = len(probs) - t - 1
+        # What is less probable cannot pass the beam, unless all is improbable.
+        candidates = np.argsort(-column)[: beam + 1]
+        candidates = [int(k) for k in candidates if k != BLANK]
+        grown = {}
+
+        def add(prefix, blank, last, grown=grown):
+            old = grown.get(prefix, (0.0, 0.0))
+            grown[prefix] = old[0] + blank, old[1] + last
+
+        for prefix, (blank, last) in prefixes.items():
+            add(prefix, (blank + last) * column[BLANK], 0.0)
+            if prefix:
+                add(prefix, 0.0, last * column[prefix[-1]])
+            if longest is not None and len(prefix) == longest:
+                continue
+            for k in candidates:
+                # A repeat of the last class is a new character only behind a blank.
+                before = blank if prefix and k == prefix[-1] else blank + last
+                if before:
+                    add((*prefix, k), 0.0, before * column[k])
+        # A prefix that the columns left cannot complete takes no place in the beam.
+        able = [item for item in grown.items() if len(item[0]) + left >= shortest]
+        prefixes = dict(sorted(able, key=lambda item: -sum(item[1]))[:beam])
+    found = [(prefix, float(sum(parts))) for prefix, parts in prefixes.items()]
+    return [item for item in found if len(item[0]) >= shortest and item[1] > 0]
+
+
+def aligned_probabilities(probs, targets):
+    """For each class of ``targets`` its highest probability in the text's best alignment.
+
+    Args:
+        probs: (T, nclass) probabilities of one image.
+        targets: (S,) classes of a text that fits the T columns.
+
+    Returns:
+        S floats, 0 to 1.
+    """
+    if not len(targets):
+        return []
+    states = np.full(2 * len(targets) + 1, BLANK)
+    states[1::2] = targets
+    skip = np.zeros(len(states), bool)
+    skip[2:] = (states[2:] != BLANK) & (states[2:] != states[:-2])
+    with np.errstate(divide="ignore"):
+        scores = np.log(probs[:, states])  # (T, states)
+    best = np.full(len(states), -np.inf)
+    best[:2] = scores[0, :2]
+    steps = np.zeros(scores.shape, np.int64)  # states that the best path came up by, 0 to 2
+    for t in range(1, len(scores)):
+        options = np.full((3, len(states)), -np.inf)
+        options[0] = best
+        options[1, 1:] = best[:-1]
+        options[2, 2:] = np.where(skip[2:], best[:-2], -np.inf)
+        steps[t] = options.argmax(0)
+        best = options.max(0) + scores[t]
+    state = len(states) - 1 - int(best[-2] > best[-1])
+    confidences = [0.0] * len(targets)
+    for t in range(len(scores) - 1, -1, -1):
+        if state % 2:
+            confidences[state // 2] = max(confidences[state // 2], float(probs[t, states[state]]))
+        state -= steps[t, state]
+    return confidences
 
 
 def text_probability(probs, targets, columns, lengths):
@@ -116,14 +299,20 @@ def text_probability(probs, targets, columns, lengths):
     skip = np.zeros(states.shape)
     skip[:, 2:] = (states[:, 2:] != BLANK) & (states[:, 2:] != states[:, :-2])
 
+    # A path goes on in its state, or steps to the next or, where it may, the one after.
+    size = states.shape[1]
+    steps = np.zeros((count, size, size)) + np.eye(size) + np.eye(size, k=1)
+    steps[:, range(size - 2), range(2, size)] = skip[:, 2:]
     emission = probs[rows[:, None, None], np.arange(total)[:, None], states[:, None]]
-    forward = np.zeros((count, states.shape[1] + 2))  # two zeros before the first state
-    forward[:, 2] = 1  # as if a blank stood before the first column
-    for t in range(total):
-        step = forward[:, 2:] + forward[:, 1:-1] + skip * forward[:, :-2]
-        step *= emission[:, t]
-        forward[:, 2:] = np.where((t < columns)[:, None], step, forward[:, 2:])
+    forward = np.zeros((count, 1, size))
+    forward[:, 0, :2] = emission[:, 0, :2]
+    padded = columns.min(initial=total) < total
+    for t in range(1, total):
+        step = forward @ steps
+        step[:, 0] *= emission[:, t]
+        forward = np.where((t < columns)[:, None, None], step, forward) if padded else step
+    forward = forward[:, 0]
     # A text ends in its last character or in the blank after it.
     return np.minimum(
-        forward[rows, 2 * lengths + 2] + forward[rows, 2 * lengths + 1] * (lengths > 0), 1
+        forward[rows, 2 * lengths] + forward[rows, 2 * lengths - 1] * (lengths > 0), 1
     )

@@ -20,10 +20,11 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 COLUMN = 4  # pixels: the network reads an image in columns of this width
-MAX_PIXELS = 2**24  # of an image file, 16.8 million: checked before it is decoded
+MAX_PIXELS = 2**23  # of an image file, 8.4 million: checked before it is decoded
 MAX_WIDTH = 4096  # pixels, after resizing
 # What people keep images in. Pillow knows more, some by starting other programs.
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 # Where systems keep a font with Chinese characters, best known first.
 CHINESE_FONTS = (
     "/usr/share/fonts/truetype/wqy/wqy-microhei.ttc",
@@ -43,8 +44,8 @@ CHINESE_FONTS = (
     ),
 )
 
-# Pillow's warning comes before our own, lower limit can refuse the image.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Pillow warns of much that it then reads or refuses; what matters is in our errors.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class ImageError(ValueError):
@@ -85,7 +86,12 @@ class Preprocess:
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
     def normalise(self, pixels):
-        """uint8 tensor of any shape -> float32 tensor, by mean and std."""
+        """uint8 tensor or array of any shape -> the same in float32, by mean and std."""
+        if isinstance(pixels, np.ndarray):
+            pixels = pixels.astype(np.float32)
+            pixels -= self.mean
+            pixels /= self.std
+            return pixels
         return pixels.float().sub_(self.mean).div_(self.std)
 
 
@@ -139,12 +145,13 @@ def _to_rgb(image):
 
 def _to_8_bits(image):
     """Scale 16-bit (0 to 65,535), 32-bit or float (0 to 1) grey to 'L', which Pillow would clip."""
-    pixels = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    if image.mode == "F":
-        scale = 255 if pixels.max() <= 1 else 1
-    else:
-        scale = 1 / 257 if image.mode.startswith("I;16") or pixels.max() > 255 else 1
-    return Image.fromarray((pixels * scale).round().clip(0, 255).astype(np.uint8))
+    with np.errstate(all="ignore"):  # a broken file may hold any number
+        pixels = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        if image.mode == "F":
+            scale = 255 if pixels.max() <= 1 else 1
+        else:
+            scale = 1 / 257 if image.mode.startswith("I;16") or pixels.max() > 255 else 1
+        return Image.fromarray((pixels * scale).round().clip(0, 255).astype(np.uint8))
 
 
 def read_label_file(path):
@@ -249,20 +256,25 @@ def find_chinese_font():
     return next((path for path in CHINESE_FONTS if os.path.exists(path)), None)
 
 
-def contact_sheet(images, captions, columns=8):
-    """Draw `PIL.Image`s in a grid, each with its caption below. Returns an RGB image."""
-    cell_width = max(image.width for image in images) + 8
-    cell_height = max(image.height for image in images) + 26
-    rows = math.ceil(len(images) / columns)
-    sheet = Image.new("RGB", (min(columns, len(images)) * cell_width, rows * cell_height), "white")
-    draw = ImageDraw.Draw(sheet)
+def contact_sheet(images, captions, columns=8, colours=None):
+    """Draw `PIL.Image`s in a grid, each with its caption below. Returns an RGB image.
+
+    The captions are black, or each in its own of ``colours``.
+    """
     font = ImageFont.load_default(14)
     chinese = find_chinese_font()
     if chinese and not all(caption.isascii() for caption in captions):
         font = ImageFont.truetype(chinese, 15)  # Pillow's own font has Latin letters only
-    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+    widths = [image.width for image in images] + [font.getlength(text) for text in captions]
+    cell_width = math.ceil(max(widths)) + 8
+    cell_height = max(image.height for image in images) + 26
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (min(columns, len(images)) * cell_width, rows * cell_height), "white")
+    draw = ImageDraw.Draw(sheet)
+    colours = colours or ["black"] * len(images)
+    for i, (image, caption, colour) in enumerate(zip(images, captions, colours, strict=True)):
         x, y = i % columns * cell_width + 4, i // columns * cell_height + 4
         sheet.paste(image, (x, y))
         middle = x + image.width / 2, y + image.height + 9
-        draw.text(middle, caption, font=font, fill="black", anchor="mm")
+        draw.text(middle, caption, font=font, fill=colour, anchor="mm")
     return sheet

@@ -1,85 +1,234 @@
 """Read the text in images.
 
     python demo.py                                  # the sample images in assets/
-    python demo.py photo.png captcha.jpg
-    python demo.py photo.png --weights save_model/simple_nh16_depth2.pth --json
+    python demo.py photo.png scans/                 # files, and all images below a folder
+    find . -name "*.png" | python demo.py - --json  # a path a line
+    python demo.py --task chinese                   # or complex: its weights and samples
+    python demo.py --weights mine.onnx photo.png    # without PyTorch
     python demo.py --save readings.png              # a picture of what was read
+    python demo.py --beam 10 --top 3 --length 4-6 --alphabet-subset digits photo.png
 
-Without --weights it takes what train.py last wrote to save_model/, else the shipped
-weights.
+Without --weights it takes what train.py last wrote to save_model/, with --task only
+that task's, else the shipped weights.
 """
 
 import argparse
+import io
 import json
+import os
 import sys
 from pathlib import Path
 
-from dataset import contact_sheet, read_image
-from infer_tool import ROOT, RecInfer
+from tqdm import tqdm
+
+from ctc_label_converter import Search
+from dataset import SUFFIXES, contact_sheet, read_image, read_label_file
+from infer_tool import ROOT, SHIPPED_WEIGHTS, RecInfer, latest_weights
+from keys import load_alphabet
 
 SAMPLES = ROOT / "assets" / "samples"
+SHEET = 400  # images on the contact sheet, at most
 
 
-def main():
+def find_images(arguments):
+    """Files as they are, the images below folders, and for - the paths on standard input."""
+    for argument in arguments:
+        if argument == Path("-"):
+            yield from (Path(line.rstrip("\r\n")) for line in sys.stdin if line.strip())
+        elif argument.is_dir():
+            found = (path for path in argument.rglob("*") if path.suffix.lower() in SUFFIXES)
+            yield from sorted(found)
+        else:
+            yield argument
+
+
+def read_labels(path):
+    """{absolute path of an image: its label} of a label file."""
+    return {(path.parent / name).resolve(): label for _, name, label in read_label_file(path)}
+
+
+def parse_args():
+    """Parse the command line. Raises ValueError for settings that cannot be used."""
     parser = argparse.ArgumentParser(description="Read the text in images.")
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "images",
         nargs="*",
         type=Path,
         metavar="IMAGE",
-        help="image files (default: the sample images in assets/samples)",
+        help="image files, folders, or - for a path a line on standard input (default: the "
+        "images of --labels, else the task's samples in assets/samples)",
     )
-    parser.add_argument(
+    add(
+        "--task",
+        choices=SHIPPED_WEIGHTS,
+        help="read with this task's weights (default: those of the last training, else simple)",
+    )
+    add(
         "--weights",
         type=Path,
-        help="checkpoint (default: the last one in save_model/, else the shipped one)",
+        help="checkpoint, or network in ONNX (default: the last one in save_model/, else the "
+        "shipped one)",
     )
-    parser.add_argument(
+    add(
         "--json",
         action="store_true",
-        help="print one JSON object a line: image, text, confidence, characters",
+        help="print one JSON object a line: image, text, confidence, characters, or error",
     )
-    parser.add_argument(
+    add(
         "--save",
         type=Path,
         metavar="OUT.png",
-        help="save a contact sheet: each image, its text and its confidence",
+        help=f"save a contact sheet of the first {SHEET} images with text and confidence",
     )
+    add(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="label file to compare with: prints the accuracy, marks mistakes in the sheet",
+    )
+    add(
+        "--min-confidence",
+        type=float,
+        metavar="P",
+        help="mark readings with a lower confidence, 0 to 1, as rejected",
+    )
+    add("--beam", type=int, metavar="N", help="search with a beam of N prefixes (default: greedy)")
+    add("--top", type=int, default=1, metavar="K", help="the K best texts (default: %(default)s)")
+    add("--length", metavar="N or N-M", help="characters that a text may have")
+    add("--alphabet-subset", metavar="NAME", help="alphabet's name or file, or the characters")
+    add("--lexicon", type=Path, metavar="FILE", help="UTF-8, a text a line: read one of these")
     args = parser.parse_args()
-    reader = RecInfer(args.weights)
-    print(f"weights: {reader.weights}", file=sys.stderr)
-    failed, images, captions = 0, [], []
-    for path in args.images or sorted(SAMPLES.glob("*.png")):
+    if args.min_confidence is not None and not 0 <= args.min_confidence <= 1:
+        raise ValueError(f"--min-confidence {args.min_confidence}: is from 0 to 1")
+    args.search = make_search(args)
+    return args
+
+
+def make_search(args):
+    """The `Search` that the flags ask for, None for greedy decoding."""
+    settings = {}
+    for flag in ("beam", "top"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise ValueError(f"--{flag} {value}: must be at least 1")
+    if args.beam:
+        settings["beam"] = args.beam
+    if args.top > 1:
+        settings |= {"top": args.top, "beam": max(args.top, args.beam or 10)}
+    if args.length:
+        low, _, high = args.length.partition("-")
         try:
-            reading = reader.predict(path)
-        except ValueError as error:
-            print(f"demo.py: error: {error}", file=sys.stderr)
+            settings |= {"shortest": int(low), "longest": int(high or low)}
+            if not 1 <= settings["shortest"] <= settings["longest"]:
+                raise ValueError
+        except ValueError:
+            raise ValueError(f"--length {args.length}: write 4 or 4-6") from None
+    if args.alphabet_subset:
+        try:
+            settings["subset"] = load_alphabet(args.alphabet_subset)
+        except ValueError:
+            settings["subset"] = args.alphabet_subset
+    if args.lexicon:
+        try:
+            text = args.lexicon.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--lexicon {args.lexicon}: cannot be read ({error})") from None
+        settings["lexicon"] = tuple(dict.fromkeys(filter(None, text.splitlines())))
+    return Search(**settings) if settings else None
+
+
+def as_json(path, result, args):
+    """The line that --json prints."""
+    if isinstance(result, ValueError):
+        return json.dumps({"image": str(path), "error": str(result)}, ensure_ascii=False)
+    entry = {
+        "image": str(path),
+        "text": result.text,
+        "confidence": result.confidence,
+        "characters": [
+            {"char": char, "confidence": confidence}
+            for char, confidence in zip(result.text, result.char_confidences, strict=True)
+        ],
+    }
+    if args.top > 1:
+        entry["alternatives"] = [
+            {"text": text, "confidence": confidence} for text, confidence in result.alternatives
+        ]
+    if args.min_confidence is not None:
+        entry["rejected"] = result.confidence < args.min_confidence
+    return json.dumps(entry, ensure_ascii=False)
+
+
+def as_row(path, result, args):
+    """The line that is printed by default: path, text, confidence, alternatives, rejected."""
+    fields = [str(path), result.text, f"{result.confidence:.4f}"]
+    fields += [f"{text} {confidence:.4f}" for text, confidence in result.alternatives]
+    if args.min_confidence is not None and result.confidence < args.min_confidence:
+        fields.append("rejected")
+    return "\t".join(fields)
+
+
+def save_sheet(path, shown):
+    """Save a contact sheet of [(image's path, `Reading`, its label or None)]."""
+    captions = [f"{reading.text}  {reading.confidence:.2f}" for _, reading, _ in shown]
+    colours = [
+        "black" if label is None else "green" if label == reading.text else "red"
+        for _, reading, label in shown
+    ]
+    buffer = io.BytesIO()
+    images = [read_image(image) for image, _, _ in shown]
+    contact_sheet(images, captions, colours=colours).save(buffer, "PNG")
+    scratch = path.with_name(f"{path.name}.unfinished")
+    try:
+        scratch.write_bytes(buffer.getvalue())
+        os.replace(scratch, path)
+    except OSError as error:
+        raise ValueError(f"--save {path}: cannot be written ({error.strerror})") from None
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def main():
+    args = parse_args()
+    sys.stdout.reconfigure(encoding="utf-8")  # whatever the console's own is
+    weights = args.weights or latest_weights(args.task)
+    reader = RecInfer(weights)
+    print(f"weights: {weights}", file=sys.stderr)
+    labels = read_labels(args.labels) if args.labels else {}
+    task = args.task or weights.name.partition("_")[0]
+    samples = SAMPLES / (task if task in SHIPPED_WEIGHTS else "simple")
+    paths = find_images(args.images or list(labels) or [samples])
+
+    failed, right, compared, shown = 0, 0, 0, []
+    # No bar where nobody watches: its output is for people.
+    for path, result in reader.stream(tqdm(paths, unit="img", disable=None), args.search):
+        if isinstance(result, ValueError):
             failed += 1
+            print(f"demo.py: error: {result}", file=sys.stderr)
+            if args.json:
+                print(as_json(path, result, args))
             continue
-        if args.save:
-            images.append(read_image(path))
-            captions.append(f"{reading.text}  {reading.confidence:.2f}")
-        if args.json:
-            characters = [
-                {"char": char, "confidence": confidence}
-                for char, confidence in zip(reading.text, reading.char_confidences, strict=True)
-            ]
-            result = {
-                "image": str(path),
-                "text": reading.text,
-                "confidence": reading.confidence,
-                "characters": characters,
-            }
-            print(json.dumps(result, ensure_ascii=False))
-        else:
-            print(f"{path}\t{reading.text}\t{reading.confidence:.4f}")
-    if images:
-        contact_sheet(images, captions).save(args.save)
+        print(as_json(path, result, args) if args.json else as_row(path, result, args))
+        label = labels.get(path.resolve()) if labels else None
+        compared += label is not None
+        right += label == result.text
+        if args.save and len(shown) < SHEET:
+            shown.append((path, result, label))
+    if shown:
+        save_sheet(args.save, shown)
+    if args.labels:
+        print(f"word accuracy: {right} of {compared} right", file=sys.stderr)
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError) as error:
         sys.exit(f"demo.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("demo.py: interrupted")

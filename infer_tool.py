@@ -1,73 +1,223 @@
-"""The inference tool: read images with trained weights.
+"""The inference tool: read images with trained weights, and export them to ONNX.
 
-from infer_tool import RecInfer
-reader = RecInfer()                    # or RecInfer("save_model/mine.pth")
-reader.predict("image.png").text
-reader.predict(["a.png", "b.jpg"])     # a list gives a list
+    from infer_tool import RecInfer
+    reader = RecInfer()                    # or RecInfer("save_model/mine.pth"), or "mine.onnx"
+    reader.predict("image.png").text
+    reader.predict(["a.png", "b.jpg"])     # a list gives a list
+
+    python infer_tool.py export --weights save_model/mine.pth --out mine.onnx
+
+A .pth file is read with PyTorch, an .onnx file with ONNX Runtime: then PyTorch need not
+be installed, and nothing here imports it.
 """
 
+import argparse
+import json
+import os
+import pickle
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
-from pickle import UnpicklingError
 
 import numpy as np
-import torch
 from PIL import Image
 
 from ctc_label_converter import CTCLabelConverter
-from dataset import ImageError, Preprocess, read_image
+from dataset import COLUMN, ImageError, Preprocess, read_image
 from keys import check_alphabet
-from model import MicroNet
 
 ROOT = Path(__file__).resolve().parent
-SHIPPED_WEIGHTS = ROOT / "assets" / "weights" / "simple_nh16_depth2.pth"
+SHIPPED_WEIGHTS = {
+    "simple": ROOT / "assets" / "weights" / "simple_nh16_depth2.pth",
+    "complex": ROOT / "assets" / "weights" / "complex_nh128_depth6.pth",
+    "chinese": ROOT / "assets" / "weights" / "chinese_nh64_depth4.pth",
+}
 SAVE_FOLDER = Path("save_model")  # where train.py writes
+# All that an exported network consists of.
+OPERATORS = {
+    "Add", "Cast", "Concat", "Constant", "Conv", "Div", "Erf", "Flatten", "Gather", "Identity",
+    "MatMul", "Mul", "Reshape", "Shape", "Slice", "Transpose", "Unsqueeze",
+}  # fmt: skip
 BATCH_SIZE = 256  # images a forward pass
 
 
-def latest_weights():
-    """The checkpoint that train.py last wrote to save_model/, else the shipped weights."""
-    written = [(path.stat().st_mtime_ns, path) for path in SAVE_FOLDER.glob("*.pth")]
-    return max(written)[1] if written else SHIPPED_WEIGHTS
+def latest_weights(task=None):
+    """The checkpoint that train.py last wrote to save_model/, else the shipped weights.
+
+    Args:
+        task: only this task's. None: the last of any, else the simple task's.
+    """
+    pattern = f"{task}_*.pth" if task else "*.pth"
+    written = [(path.stat().st_mtime_ns, path) for path in SAVE_FOLDER.glob(pattern)]
+    return max(written)[1] if written else SHIPPED_WEIGHTS[task or "simple"]
 
 
 def load_checkpoint(path):
     """Load what train.py saved.
 
     Returns:
-        (model, alphabet, preprocess): a `MicroNet` in evaluation mode on the CPU,
-        the characters of its classes, the `Preprocess` of its images.
+        (model, converter, preprocess): a `MicroNet` in evaluation mode on the CPU, its
+        `CTCLabelConverter`, the `Preprocess` of its images.
 
     Raises ValueError if ``path`` is no checkpoint of this network. Nothing in the
     file is executed.
     """
     try:
+        import torch
+    except ImportError:
+        raise ValueError(
+            f"{path}: PyTorch reads it, which is missing: pip install torch, or take an .onnx file"
+        ) from None
+    from model import MicroNet
+
+    try:
         # Memory stays bounded by the file: the network is built without storage
         # and takes the tensors that were loaded.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        alphabet = check_alphabet(checkpoint["alphabet"])
+        converter = CTCLabelConverter(
+            check_alphabet(checkpoint["alphabet"]), float(checkpoint.get("temperature", 1))
+        )
         preprocess = Preprocess(**checkpoint["preprocess"])
         nh, depth, state = checkpoint["nh"], checkpoint["depth"], checkpoint["state_dict"]
+        # Half precision is for the disk, not for the processor.
+        state = {
+            name: tensor.float() if tensor.dtype == torch.float16 else tensor
+            for name, tensor in state.items()
+        }
         if len(state) != 9 + 14 * depth:
             raise ValueError(f"{len(state)} tensors are not those of depth {depth}")
         with torch.device("meta"):
-            model = MicroNet(nh, depth, len(alphabet) + 1, preprocess.height)
+            model = MicroNet(nh, depth, converter.nclass, preprocess.height)
         model.load_state_dict(state, assign=True)
     except OSError as error:
         raise ValueError(f"{path}: the weights cannot be read ({error.strerror})") from None
-    except UnpicklingError:
+    except pickle.UnpicklingError:
         raise ValueError(f"{path}: is not a MicroOCR checkpoint (no file of tensors)") from None
     except Exception as error:  # whatever a foreign file may lead to
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
         raise ValueError(f"{path}: is not a MicroOCR checkpoint ({reason})") from None
-    return model.eval(), alphabet, preprocess
+    return model.eval(), converter, preprocess
+
+
+def protobuf_fields(data):
+    """(number, value) of each field of a protobuf message, ints and bytes; the rest is skipped.
+
+    Args:
+        data: a memoryview of the message, as the Protocol Buffers encoding guide has it.
+
+    Raises ValueError where it is none.
+    """
+    at = 0
+
+    def varint():
+        nonlocal at
+        value = shift = 0
+        while True:
+            if at >= len(data) or shift > 63:
+                raise ValueError("no protobuf message")
+            byte = data[at]
+            at += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while at < len(data):
+        tag = varint()
+        kind = tag & 7
+        if kind == 0:
+            yield tag >> 3, varint()
+            continue
+        size = varint() if kind == 2 else {1: 8, 5: 4}.get(kind)
+        if size is None or at + size > len(data):
+            raise ValueError("no protobuf message")
+        if kind == 2:
+            yield tag >> 3, data[at : at + size]
+        at += size
+
+
+def check_network(data):
+    """Raise ValueError for an ONNX file that does anything but what `export` writes.
+
+    Loops, operators that make large tensors out of small files, functions, nested graphs
+    and tensors in other files are refused before ONNX Runtime sees them. The field
+    numbers are those of onnx.proto.
+    """
+    for number, graph in protobuf_fields(memoryview(data)):
+        if number == 25:  # ModelProto.functions
+            raise ValueError("it defines functions")
+        if number != 7:  # ModelProto.graph
+            continue
+        for number, value in protobuf_fields(graph):
+            if number == 5:  # GraphProto.initializer
+                if any(field in (13, 14) for field, _ in protobuf_fields(value)):
+                    raise ValueError("it has tensors in other files")
+            elif number == 1:  # GraphProto.node
+                for field, content in protobuf_fields(value):
+                    if field == 4 and bytes(content).decode() not in OPERATORS:
+                        raise ValueError(f"it uses the operator {bytes(content).decode()!r}")
+                    if field == 7 and len(content):
+                        raise ValueError(f"it uses operators of {bytes(content).decode()!r}")
+                    if field == 5 and any(f in (6, 11) for f, _ in protobuf_fields(content)):
+                        raise ValueError("it has nested graphs")
+
+
+def load_onnx(path, threads=None):
+    """Load what `export` wrote.
+
+    Args:
+        path: the .onnx file.
+        threads: for ONNX Runtime, None for as many as there are cores.
+
+    Returns:
+        (session, converter, preprocess): an `onnxruntime.InferenceSession`, its
+        `CTCLabelConverter`, the `Preprocess` of its images.
+
+    Raises ValueError if ``path`` is no exported network of this project.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise ValueError(
+            f"{path}: ONNX Runtime reads it, which is missing: pip install onnxruntime"
+        ) from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 4  # what is wrong is in the exception
+    try:
+        data = path.read_bytes()
+        check_network(data)
+        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        metadata = session.get_modelmeta().custom_metadata_map
+        converter = CTCLabelConverter(
+            check_alphabet(metadata["alphabet"]), float(metadata["temperature"])
+        )
+        preprocess = Preprocess(**json.loads(metadata["preprocess"]))
+        [images], [logits] = session.get_inputs(), session.get_outputs()
+        if images.type != "tensor(float)" or images.shape[1:3] != [3, preprocess.height]:
+            raise ValueError(f"the input is {images.type} {images.shape}")
+        if logits.shape[2:] != [converter.nclass]:
+            raise ValueError(f"the output is {logits.shape}, {converter.nclass} classes are needed")
+    except OSError as error:
+        raise ValueError(f"{path}: the network cannot be read ({error.strerror})") from None
+    except Exception as error:  # whatever a foreign file may lead to
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise ValueError(f"{path}: is not a MicroOCR network in ONNX ({reason})") from None
+    return session, converter, preprocess
 
 
 class RecInfer:
     """Reads the text in images.
 
     Args:
-        weights: path of a checkpoint, None for `latest_weights`.
-        device: a torch device, such as "cpu" or "cuda".
+        weights: path of a checkpoint (.pth, read with PyTorch) or of an exported
+            network (.onnx, with ONNX Runtime), None for `latest_weights`.
+        device: a torch device, such as "cpu" or "cuda"; for .onnx only "cpu".
+        threads: for ONNX Runtime, None for as many as there are cores. PyTorch's are
+            set by `torch.set_num_threads`.
 
     Attributes:
         weights: the path that was loaded.
@@ -75,45 +225,86 @@ class RecInfer:
     Raises ValueError if the weights cannot be used.
     """
 
-    def __init__(self, weights=None, device="cpu"):
+    def __init__(self, weights=None, device="cpu", threads=None):
         self.weights = Path(weights or latest_weights())
-        self.device = torch.device(device)
-        model, alphabet, self.preprocess = load_checkpoint(self.weights)
-        self.model = model.to(self.device)
-        self.converter = CTCLabelConverter(alphabet)
+        self.device = device
+        if self.weights.suffix == ".onnx":
+            if device != "cpu":
+                raise ValueError(
+                    f"{self.weights}: .onnx files are read on the CPU, not on {device}"
+                )
+            self.session, self.converter, self.preprocess = load_onnx(self.weights, threads)
+            self.logits = self._logits_of_onnx_runtime
+        else:
+            model, self.converter, self.preprocess = load_checkpoint(self.weights)
+            self.model = model.to(device)
+            self.logits = self._logits_of_pytorch
 
-    def predict(self, image):
+    def predict(self, image, search=None):
         """Read one image or a list of images.
 
         Args:
             image: a path, the bytes of an image file, a `PIL.Image`, an (H, W, 3)
                 uint8 RGB array, or a list of these.
+            search: a `ctc_label_converter.Search`, None for greedy decoding.
 
         Returns:
-            a `ctc_label_converter.Reading` (text, confidence, char_confidences), for
-            a list a list in the same order.
+            a `ctc_label_converter.Reading` (text, confidence, char_confidences,
+            alternatives), for a list a list in the same order.
 
         Raises ValueError for an image that cannot be read, naming it.
         """
         if not isinstance(image, list):
-            return self.predict([image])[0]
-        # An image's neighbours must not change its reading: only images of one
-        # width share a batch, so none is padded.
-        by_width = {}
-        for i, source in enumerate(image):
-            pixels = self._pixels(source, i)
-            by_width.setdefault(pixels.shape[2], []).append((i, pixels))
-        readings = [None] * len(image)
-        for group in by_width.values():
-            for start in range(0, len(group), BATCH_SIZE):
-                indices, arrays = zip(*group[start : start + BATCH_SIZE], strict=True)
-                for i, reading in zip(indices, self._read(np.stack(arrays)), strict=True):
-                    readings[i] = reading
+            return self.predict([image], search)[0]
+        readings = []
+        for _, result in self.stream(image, search):
+            if isinstance(result, ValueError):
+                raise result
+            readings.append(result)
         return readings
 
-    def _pixels(self, source, index):
-        """Any source -> (3, height, W) uint8."""
-        name = source if isinstance(source, str | Path) else f"image {index}"
+    def stream(self, images, search=None):
+        """Read any number of images, of which only a batch is in memory at a time.
+
+        Args:
+            images: an iterable of what `predict` takes.
+            search: a `ctc_label_converter.Search`, None for greedy decoding.
+
+        Yields:
+            (image as it was given, its `Reading`), in order; for an image that cannot be
+            read (image, ValueError that names it).
+        """
+        images, first = iter(images), 0
+        while batch := list(islice(images, BATCH_SIZE)):
+            names = [
+                source if isinstance(source, str | Path) else f"image {i}"
+                for i, source in enumerate(batch, first)
+            ]
+            if len(batch) == 1:
+                results = [self._pixels(batch[0], names[0])]
+            else:
+                # Pillow decodes outside the interpreter's lock, so threads help.
+                with ThreadPoolExecutor(os.cpu_count()) as pool:
+                    results = list(pool.map(self._pixels, batch, names))
+            # An image's neighbours must not change its reading: only images of one
+            # width share a batch, so none is padded.
+            by_width = {}
+            for i, pixels in enumerate(results):
+                if not isinstance(pixels, ValueError):
+                    by_width.setdefault(pixels.shape[2], []).append(i)
+            for group in by_width.values():
+                logits = self.logits(np.stack([results[i] for i in group]))
+                if search is None:
+                    readings = self.converter.decode(logits)
+                else:
+                    readings = self.converter.search(logits, search)
+                for i, reading in zip(group, readings, strict=True):
+                    results[i] = reading
+            yield from zip(batch, results, strict=True)
+            first += len(batch)
+
+    def _pixels(self, source, name):
+        """Any source -> (3, height, W) uint8, or the ValueError that says why not."""
         try:
             if isinstance(source, np.ndarray):
                 if source.ndim != 3 or source.shape[2] != 3 or source.dtype != np.uint8:
@@ -124,11 +315,147 @@ class RecInfer:
                 source = Image.fromarray(source)
             return self.preprocess(read_image(source))
         except ImageError as error:
-            raise ValueError(f"{name}: {error}") from None
+            return ValueError(f"{name}: {error}")
 
-    @torch.inference_mode()
-    def _read(self, pixels):
-        """(N, 3, height, W) uint8 -> N readings."""
-        images = torch.from_numpy(pixels).to(self.device)
-        logits = self.model(self.preprocess.normalise(images))
-        return self.converter.decode(logits.cpu().numpy())
+    def _logits_of_pytorch(self, pixels):
+        """(N, 3, height, W) uint8 -> (N, W/4, nclass) float32."""
+        import torch
+
+        with torch.inference_mode():
+            images = torch.from_numpy(pixels).to(self.device)
+            return self.model(self.preprocess.normalise(images)).cpu().numpy()
+
+    def _logits_of_onnx_runtime(self, pixels):
+        """(N, 3, height, W) uint8 -> (N, W/4, nclass) float32."""
+        images = self.preprocess.normalise(pixels)
+        return self.session.run(None, {self.session.get_inputs()[0].name: images})[0]
+
+
+def export(weights, out):
+    """Write the checkpoint ``weights`` as the ONNX file ``out``, and compare the two.
+
+    Batch size and width stay free. The file's metadata hold the "alphabet", the
+    "temperature" and, in JSON, the "preprocess".
+
+    Returns:
+        (images, difference): the number of sample images that were read with both, and
+        the largest difference of a probability, 0 to 1.
+
+    Raises ValueError where a package is missing, ``weights`` cannot be used, ``out``
+    cannot be written, or the two files do not read the same texts.
+    """
+    try:
+        import onnx
+        import onnxruntime  # noqa: F401, needed at the end
+    except ImportError as error:
+        raise ValueError(
+            f"the export needs the package {error.name}: pip install onnx onnxruntime"
+        ) from None
+    import torch
+
+    model, converter, preprocess = load_checkpoint(weights)
+    scratch = out.with_name(f"{out.name}.unfinished.onnx")
+    try:
+        with warnings.catch_warnings():
+            # Of the trace, which fixes the outcome of the checks in `MicroNet.forward`.
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                model,
+                torch.zeros(1, 3, preprocess.height, preprocess.width or 4 * preprocess.height),
+                str(scratch),
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_axes={
+                    "images": {0: "N", 3: "W"},
+                    "logits": {0: "N", 1: f"W/{COLUMN}"},
+                },
+                opset_version=17,
+                dynamo=False,
+            )
+        network = onnx.load(scratch)
+        onnx.helper.set_model_props(
+            network,
+            {
+                "alphabet": converter.alphabet,
+                "temperature": repr(converter.temperature),
+                "preprocess": json.dumps(asdict(preprocess)),
+            },
+        )
+        store_halves(network)
+        onnx.save(network, scratch)
+        compared = compare(RecInfer(weights), RecInfer(scratch))
+        os.replace(scratch, out)
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be written ({error.strerror})") from None
+    finally:
+        scratch.unlink(missing_ok=True)
+    return compared
+
+
+def store_halves(network):
+    """Store tensors that half precision holds exactly as such, with a cast where they are used.
+
+    Those are a half-precision checkpoint's; ONNX Runtime casts them once, when it loads.
+    """
+    import onnx
+
+    for tensor in network.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor)
+        if values.dtype != np.float32 or values.size < 1000:
+            continue
+        halves = values.astype(np.float16)
+        if not np.array_equal(halves, values):
+            continue
+        name = tensor.name
+        tensor.CopyFrom(onnx.numpy_helper.from_array(halves, f"{name}_half"))
+        cast = onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT)
+        network.graph.node.insert(0, cast)
+
+
+def compare(reader, other):
+    """Read the sample images with two `RecInfer`s.
+
+    Returns:
+        (number of images, largest difference of a probability).
+
+    Raises ValueError if a text differs.
+    """
+    difference, paths = 0.0, sorted((ROOT / "assets" / "samples").glob("*/*.png"))
+    for path in paths:
+        one, two = reader.predict(path), other.predict(path)
+        if one.text != two.text:
+            raise ValueError(
+                f"{other.weights}: reads {two.text!r} in {path}, {reader.weights} {one.text!r}"
+            )
+        ours, theirs = ([r.confidence, *r.char_confidences] for r in (one, two))
+        difference = max(difference, float(np.abs(np.subtract(ours, theirs)).max()))
+    return len(paths), difference
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Export trained weights to ONNX.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("export", help="write a checkpoint as an ONNX file")
+    command.add_argument(
+        "--weights",
+        type=Path,
+        help="checkpoint (default: the last one in save_model/, else the shipped one)",
+    )
+    command.add_argument(
+        "--out", type=Path, metavar="W.onnx", help="(default: the checkpoint's name with .onnx)"
+    )
+    args = parser.parse_args()
+    weights = args.weights or latest_weights()
+    out = args.out or weights.with_suffix(".onnx")
+    count, difference = export(weights, out)
+    print(
+        f"{out}: {out.stat().st_size:,} bytes, the same texts as {weights} on {count} images, "
+        f"probabilities differ by at most {difference:.1e}"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"infer_tool.py: error: {error}")

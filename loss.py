@@ -15,11 +15,17 @@ class CTCLoss(nn.Module):
             are also pulled towards, 0 to 1 (label smoothing, Szegedy et al., arXiv
             1512.00567). In the first steps it keeps CTC from settling on columns
             at a glyph's edge: see train.py.
+        flat: weight of the flat start, 0 to 1, the rest is CTC's. A flat start (as of
+            hidden Markov models of speech, Young et al., The HTK Book) shares an
+            image's columns out evenly among its characters and takes the cross
+            entropy. It shows each class where to look while CTC, with thousands of
+            classes, still finds nothing better than blanks.
     """
 
-    def __init__(self, smoothing=0.0):
+    def __init__(self, smoothing=0.0, flat=0.0):
         super().__init__()
         self.smoothing = smoothing
+        self.flat = flat
 
     def forward(self, logits, targets, columns, target_lengths):
         """Mean over the images of the loss of each, in nats.
@@ -46,8 +52,20 @@ class CTCLoss(nn.Module):
             reduction="none",
         )
         loss = per_image.mean()
+        if not self.smoothing and not self.flat:
+            return loss
+        place = torch.arange(log_probs.shape[1])
+        inside = place < columns[:, None]  # (N, T)
+        if self.flat:
+            position = (place + 0.5) * target_lengths[:, None] / columns[:, None]
+            position = torch.minimum(position.long(), target_lengths[:, None] - 1)
+            starts = target_lengths.cumsum(0) - target_lengths
+            own = targets[starts[:, None] + position]  # (N, T), the class of each column
+            flat = -log_probs.gather(2, own[:, :, None].to(log_probs.device))[:, :, 0]
+            flat = (flat * inside.to(log_probs.device)).sum(1)
+            flat = (flat * (target_lengths / columns).to(log_probs.device)).mean()
+            loss = (1 - self.flat) * loss + self.flat * flat
         if self.smoothing:
-            inside = torch.arange(log_probs.shape[1]) < columns[:, None]
             uniform = -(log_probs.mean(2) * inside.to(log_probs.device)).sum(1).mean()
             loss = (1 - self.smoothing) * loss + self.smoothing * uniform
         return loss

@@ -14,6 +14,7 @@ import sys
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 PATCH = 4  # pixels: the width of an output column, and the height of a row
 
@@ -73,7 +74,7 @@ class MicroNet(nn.Module):
         self.flatten = nn.Flatten(1, 2)
         self.linear = nn.Linear(nh * img_height // PATCH, nclass)
 
-    def forward(self, images, widths=None):
+    def forward(self, images, widths=None, classes=None):
         """Logits of each column of 4 pixels.
 
         Args:
@@ -81,9 +82,10 @@ class MicroNet(nn.Module):
             widths: (N,) width of each image in pixels, on the CPU, where images are
                 padded on the right to a common W. Its columns come out as if it were
                 alone; those of the padding mean nothing. None: nothing is padded.
+            classes: (K,) int64, the classes wanted. None: all.
 
         Returns:
-            (N, W/4, nclass) logits, class 0 is the blank.
+            (N, W/4, nclass) logits, or (N, W/4, K); class 0 is the blank.
 
         Raises ValueError for images of another shape.
         """
@@ -102,8 +104,10 @@ class MicroNet(nn.Module):
             # Beyond an image's edge the depthwise convolution must see zeros, as it
             # does beyond the batch's.
             x = block(x if inside is None else x * inside)
-        x = self.flatten(x)  # (N, nh * img_height/4, W/4)
-        return self.linear(x.transpose(1, 2))
+        x = self.flatten(x).transpose(1, 2)  # (N, W/4, nh * img_height/4)
+        if classes is None:
+            return self.linear(x)
+        return F.linear(x, self.linear.weight[classes], self.linear.bias[classes])
 
 
 def count_parameters(module):

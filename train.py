@@ -1,6 +1,7 @@
 """Train MicroNet with CTC loss until every test image is read right.
 
     python train.py                                  # data/simple, drawn if it is not there
+    python train.py --task complex                   # or chinese
     python train.py --data my_images --alphabet my_keys.txt --nh 64
     python train.py --evaluate --weights save_model/simple_nh16_depth2.pth
 
@@ -28,14 +29,43 @@ from tqdm import tqdm
 import gen_image
 from collatefn import Collate
 from ctc_label_converter import CTCLabelConverter
-from dataset import COLUMN, Preprocess, TextImageDataset
+from dataset import (
+    COLUMN,
+    Preprocess,
+    TextImageDataset,
+    contact_sheet,
+    read_image,
+    read_label_file,
+)
 from infer_tool import SAVE_FOLDER, latest_weights, load_checkpoint
 from keys import load_alphabet
 from loss import CTCLoss
-from metric import character_error_rate, word_accuracy
+from metric import (
+    character_error_rate,
+    confusions,
+    expected_calibration_error,
+    wilson_interval,
+    word_accuracy,
+)
 from model import MicroNet
 
-TASKS = {"simple": {"nh": 16, "depth": 2, "epochs": 35}}
+# width: pixels that images are resized to, None keeps their ratio. power: of the
+# cosine that the learning rate follows. averaging: see AveragedModel below. flat: steps
+# over which a flat start gives way to CTC, see loss.py.
+TASKS = {
+    "simple": {
+        "nh": 16, "depth": 2, "width": None, "epochs": 35, "lr": 0.04, "power": 4,
+        "averaging": 0.98, "flat": 0,
+    },
+    "complex": {
+        "nh": 128, "depth": 6, "width": 128, "epochs": 6, "lr": 0.01, "power": 1,
+        "averaging": 0.995, "flat": 0,
+    },
+    "chinese": {
+        "nh": 64, "depth": 4, "width": None, "epochs": 3, "lr": 0.01, "power": 1,
+        "averaging": 0.995, "flat": 250,
+    },
+}  # fmt: skip
 WARM_UP = 80  # steps
 # CTC alone settles in its first steps on the columns where each character is
 # emitted. On some seeds that is a glyph's edge, from where the network sees half of
@@ -43,7 +73,11 @@ WARM_UP = 80  # steps
 # keep all columns in play until the features can tell which sees the most.
 SMOOTHING, SMOOTHING_STEPS = 0.03, 150
 CLIP = 5.0  # largest norm of the gradient
-AVERAGING = 0.98  # of the weights, a step: the average is what is evaluated and saved
+# With more classes than this, a step trains the classes of its batch and as many others,
+# drawn at random: the last layer would cost far more than all the rest.
+SAMPLED = 256
+# Below 1 only a little: a network that read every test image right would ask for 0.
+TEMPERATURES = tuple(round(0.7 * 1.1**i, 3) for i in range(15))
 SHIFT_X, SHIFT_Y = 2, 1  # pixels that a training batch is moved by, at most
 
 
@@ -124,35 +158,73 @@ def random_shift(images):
     return padded[:, :, y : y + height, x : x + width]
 
 
-def learning_rate(step, steps, peak):
-    """Linear warm-up to ``peak``, then a cosine to the 4th power: most of it falls early."""
+def learning_rate(step, steps, peak, power):
+    """Linear warm-up to ``peak``, then a cosine to a power: the higher, the earlier it falls."""
     warm_up = min(WARM_UP, steps // 10 + 1)
     if step < warm_up:
         return peak * (step + 1) / warm_up
     progress = (step - warm_up) / (steps - warm_up)
-    return peak * (0.5 * (1 + math.cos(math.pi * progress))) ** 4
+    return peak * (0.5 * (1 + math.cos(math.pi * progress))) ** power
+
+
+def sample_classes(targets, nclass):
+    """The classes that a step trains: the blank, those of ``targets`` and SAMPLED others.
+
+    Sampled softmax (Jean et al., ACL 2015, arXiv 1412.2007).
+
+    Args:
+        targets: (S,) int64, classes from 1.
+
+    Returns:
+        (classes, targets, correction): (K,) int64; the targets as places in it; (K,)
+        what to add to the logits, so that the others stand for all that were left out.
+    """
+    present, places = targets.unique(return_inverse=True)
+    absent = torch.ones(nclass, dtype=torch.bool)
+    absent[present] = absent[0] = False
+    absent = absent.nonzero()[:, 0]
+    others = absent[torch.randperm(len(absent))[:SAMPLED]]
+    classes = torch.cat([torch.zeros(1, dtype=torch.int64), present, others])
+    correction = torch.zeros(len(classes))
+    correction[1 + len(present) :] = math.log(len(absent) / max(1, len(others)))
+    return classes, places + 1, correction
 
 
 @torch.inference_mode()
 def evaluate(model, batches, converter, preprocess, device):
-    """Read all batches. Returns (loss in nats an image, word accuracy, CER)."""
+    """Read all batches. Returns (loss in nats an image, their `Reading`s)."""
     model.eval()
     criterion = CTCLoss()
-    texts, labels, total_loss = [], [], 0.0
+    readings, total_loss = [], 0.0
     for batch in batches:
         images = preprocess.normalise(batch.images.to(device))
         logits = model(images, batch.widths)
         columns = batch.widths // COLUMN
         loss = criterion(logits, batch.targets, columns, batch.target_lengths)
         total_loss += loss.item() * len(batch.labels)
-        readings = converter.decode(logits.cpu().numpy(), columns.numpy())
-        texts += [reading.text for reading in readings]
-        labels += batch.labels
-    return (
-        total_loss / len(labels),
-        word_accuracy(texts, labels),
-        character_error_rate(texts, labels),
-    )
+        readings += converter.decode(logits.cpu().numpy(), columns.numpy())
+    return total_loss / len(readings), readings
+
+
+@torch.inference_mode()
+def fit_temperature(model, batches, converter, preprocess, device):
+    """The one of TEMPERATURES with which the confidences fit best how often texts are right.
+
+    The fit is the likelihood of right and wrong, given the confidences of whole texts.
+    """
+    model.eval()
+    loss = dict.fromkeys(TEMPERATURES, 0.0)
+    for batch in batches:
+        images = preprocess.normalise(batch.images.to(device))
+        logits = model(images, batch.widths).cpu().numpy()
+        columns = (batch.widths // COLUMN).numpy()
+        for temperature in TEMPERATURES:
+            readings = CTCLabelConverter(converter.alphabet, temperature).decode(logits, columns)
+            for reading, label in zip(readings, batch.labels, strict=True):
+                right = reading.text == label
+                share = reading.confidence if right else 1 - reading.confidence
+                loss[temperature] -= math.log(max(share, 1e-9))
+    return min(loss, key=loss.get)
 
 
 def write_atomically(path, content):
@@ -165,16 +237,22 @@ def write_atomically(path, content):
         scratch.unlink(missing_ok=True)
 
 
-def save_checkpoint(path, model, alphabet, preprocess):
-    """Save all that `infer_tool.load_checkpoint` needs."""
+def save_checkpoint(path, model, converter, preprocess, half):
+    """Save all that `infer_tool.load_checkpoint` needs, with numbers of 2 bytes if ``half``."""
+    kind = torch.float16 if half else torch.float32
+    state = {
+        name: tensor.cpu().to(kind) if tensor.is_floating_point() else tensor.cpu()
+        for name, tensor in model.state_dict().items()
+    }
     buffer = io.BytesIO()
     torch.save(
         {
             "nh": model.nh,
             "depth": model.depth,
-            "alphabet": alphabet,
+            "alphabet": converter.alphabet,
+            "temperature": converter.temperature,
             "preprocess": asdict(preprocess),
-            "state_dict": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
+            "state_dict": state,
         },
         buffer,
     )
@@ -208,17 +286,40 @@ def parse_args():
         metavar="DIR",
         help="folder with train.txt and test.txt (default: data/TASK, drawn if it is not there)",
     )
-    add("--alphabet", help="an alphabet's name or a UTF-8 text file (default: alnum59)")
+    default = partial(gen_image.defaults, tasks=TASKS)
+    add(
+        "--train",
+        type=gen_image.count,
+        metavar="N",
+        help="train on the first N images of the list (default: all); a task's set that is not "
+        "there yet is drawn with as many",
+    )
+    add(
+        "--alphabet",
+        help=f"an alphabet's name or a UTF-8 text file (default: {gen_image.defaults('alphabet')})",
+    )
     add(
         "--width",
         type=gen_image.count,
-        help="resize all images to this width (default: keep the ratio)",
+        help=f"pixels that images are resized to, None keeps their ratio (default: "
+        f"{default('width')})",
     )
-    add("--nh", type=gen_image.count, help="channels of the network (default: 16)")
-    add("--depth", type=gen_image.count, help="MicroBlocks of the network (default: 2)")
-    add("--epochs", type=gen_image.count, help="times each image is trained on (default: 35)")
+    add("--nh", type=gen_image.count, help=f"channels (default: {default('nh')})")
+    add("--depth", type=gen_image.count, help=f"MicroBlocks (default: {default('depth')})")
+    add(
+        "--epochs",
+        type=gen_image.count,
+        help=f"times each image is trained on (default: {default('epochs')})",
+    )
+    add(
+        "--augment",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="move the training images by random pixels (default: %(default)s)",
+    )
+    add("--half", action="store_true", help="save the weights in half precision")
     add("--batch-size", type=gen_image.count, default=64, help="(default: %(default)s)")
-    add("--lr", type=float, default=0.04, help="peak learning rate (default: %(default)s)")
+    add("--lr", type=float, help=f"peak learning rate (default: {default('lr')})")
     add("--seed", type=int, default=0, help="same seed, same weights (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
     add(
@@ -234,15 +335,32 @@ def parse_args():
         help="checkpoint to start from; with --evaluate, to evaluate (default: the last written)",
     )
     add("--evaluate", action="store_true", help="only evaluate the weights on the test list")
+    add(
+        "--calibrate",
+        action="store_true",
+        help="only fit the weights' temperature, on which the confidences depend, to the test list",
+    )
+    add(
+        "--mistakes",
+        type=Path,
+        metavar="OUT.png",
+        help="with --evaluate: save a picture of images that were misread",
+    )
     args = parser.parse_args()
+    task = TASKS[args.task]
+    if args.lr is None:
+        args.lr = task["lr"]
     if not 0 < args.lr < math.inf:
         raise ValueError(f"--lr {args.lr}: must be greater than 0")
     if args.width and args.width % COLUMN:
         raise ValueError(f"--width {args.width}: must be a multiple of {COLUMN}")
     for flag in ("alphabet", "width", "nh", "depth"):
-        if (args.weights or args.evaluate) and getattr(args, flag):
+        if (args.weights or args.evaluate or args.calibrate) and getattr(args, flag):
             raise ValueError(f"--{flag}: is given by the weights, leave it out")
-    args.epochs = args.epochs or TASKS[args.task]["epochs"]
+    if args.mistakes and not args.evaluate:
+        raise ValueError("--mistakes: is a part of --evaluate")
+    args.epochs = args.epochs or task["epochs"]
+    args.width = args.width or task["width"]
     return args
 
 
@@ -253,12 +371,13 @@ def find_data(args):
     folder = Path("data") / args.task
     if not folder.exists():
         print(f"{folder} is not there yet, drawing it")
-        gen_image.main(["--task", args.task, "--out", str(folder)])
+        size = ["--train", str(args.train)] if args.train else []
+        gen_image.main(["--task", args.task, "--out", str(folder), *size])
     return folder
 
 
 def make_network(args):
-    """Return (model, alphabet, preprocess), of the weights to start from or new."""
+    """Return (model, converter, preprocess), of the weights to start from or new."""
     if args.weights:
         return load_checkpoint(args.weights)
     task = TASKS[args.task]
@@ -266,7 +385,7 @@ def make_network(args):
     preprocess = Preprocess(width=args.width)
     nh, depth = args.nh or task["nh"], args.depth or task["depth"]
     model = MicroNet(nh, depth, len(alphabet) + 1, preprocess.height)
-    return model, alphabet, preprocess
+    return model, CTCLabelConverter(alphabet), preprocess
 
 
 def check_writable(folder):
@@ -280,29 +399,90 @@ def check_writable(folder):
 
 def evaluate_weights(args, device):
     """Print how well the weights read the test list."""
-    weights = args.weights or latest_weights()
+    weights = args.weights or latest_weights(args.task)
     print(f"evaluating {weights}")
-    model, alphabet, preprocess = load_checkpoint(weights)
+    model, converter, preprocess = load_checkpoint(weights)
     model.to(device)
-    converter = CTCLabelConverter(alphabet)
-    test_set = TextImageDataset(find_data(args) / "test.txt", alphabet, preprocess)
+    label_file = find_data(args) / "test.txt"
+    test_set = TextImageDataset(label_file, converter.alphabet, preprocess)
+    labels = [label for _, label in test_set]
     batches = DataLoader(test_set, args.batch_size, collate_fn=Collate(converter))
-    _, accuracy, cer = evaluate(model, batches, converter, preprocess, device)
-    print(f"word accuracy {accuracy:.4f}, CER {cer:.4f}, {len(test_set)} images")
+    _, readings = evaluate(model, batches, converter, preprocess, device)
+    texts = [reading.text for reading in readings]
+    pairs = confusions(texts, labels).most_common(10)
+    if pairs:
+        print(
+            "most confused: "
+            + ", ".join(
+                f"{right or 'nothing'} read as {read or 'nothing'} {times}x"
+                for (right, read), times in pairs
+            )
+        )
+    if args.mistakes:
+        save_mistakes(args.mistakes, label_file, texts, labels, pairs)
+    right = [text == label for text, label in zip(texts, labels, strict=True)]
+    error = expected_calibration_error([reading.confidence for reading in readings], right)
+    print(f"expected calibration error {error:.4f}, temperature {converter.temperature}")
+    accuracy = word_accuracy(texts, labels)
+    low, high = wilson_interval(accuracy, len(labels))
+    print(
+        f"word accuracy {accuracy:.4f} (95 % interval {low:.4f} to {high:.4f}), "
+        f"CER {character_error_rate(texts, labels):.4f}, {len(labels)} images"
+    )
+
+
+def save_mistakes(path, label_file, texts, labels, pairs):
+    """Save a picture with misread images, those with the most frequent confusions first."""
+    rank = {pair: i for i, (pair, _) in enumerate(pairs)}
+    wrong = []
+    for (_, name, _), text, label in zip(read_label_file(label_file), texts, labels, strict=True):
+        if text != label:
+            place = min(rank.get(pair, len(rank)) for pair in confusions([text], [label]))
+            wrong.append((place, name, f"{label} read as {text}"))
+    if not wrong:
+        print(f"nothing was misread, {path} is not written")
+        return
+    wrong.sort()
+    shown = wrong[:40]
+    images = [read_image(Path(label_file).parent / name) for _, name, _ in shown]
+    buffer = io.BytesIO()
+    contact_sheet(images, [caption for _, _, caption in shown]).save(buffer, "PNG")
+    write_atomically(path, buffer.getvalue())
+    print(f"{path} shows {len(shown)} of {len(wrong)} misread images")
+
+
+def calibrate(checkpoint, batches, device):
+    """Fit the temperature of a checkpoint to its readings of ``batches``, and save it."""
+    model, converter, preprocess = load_checkpoint(checkpoint)
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    half = any(tensor.dtype == torch.float16 for tensor in saved.values())
+    model.to(device)
+    temperature = fit_temperature(model, batches, converter, preprocess, device)
+    converter = CTCLabelConverter(converter.alphabet, temperature)
+    save_checkpoint(checkpoint, model, converter, preprocess, half)
+
+
+def calibrate_weights(args, device):
+    """Fit the temperature of given weights to the images of the test list."""
+    weights = args.weights or latest_weights(args.task)
+    _, converter, preprocess = load_checkpoint(weights)
+    test_set = TextImageDataset(find_data(args) / "test.txt", converter.alphabet, preprocess)
+    calibrate(weights, DataLoader(test_set, args.batch_size, collate_fn=Collate(converter)), device)
+    print(f"{weights}: the temperature is now {load_checkpoint(weights)[1].temperature}")
 
 
 def train(args, device):
     """Train, save the best epoch, and say where it is. Returns the exit status."""
     check_writable(args.out)
+    task = TASKS[args.task]
     torch.manual_seed(args.seed)
-    model, alphabet, preprocess = make_network(args)
+    model, converter, preprocess = make_network(args)
     model.to(device)
-    converter = CTCLabelConverter(alphabet)
 
     # Image files to uint8 in memory, then to batches.
     data = find_data(args)
-    train_set = TextImageDataset(data / "train.txt", alphabet, preprocess)
-    test_set = TextImageDataset(data / "test.txt", alphabet, preprocess)
+    train_set = TextImageDataset(data / "train.txt", converter.alphabet, preprocess, args.train)
+    test_set = TextImageDataset(data / "test.txt", converter.alphabet, preprocess)
     loader = partial(
         DataLoader,
         batch_size=args.batch_size,
@@ -312,6 +492,7 @@ def train(args, device):
     order = torch.Generator().manual_seed(args.seed)
     train_batches = loader(train_set, shuffle=True, generator=order)
     test_batches = loader(test_set)
+    test_labels = [label for _, label in test_set]
 
     criterion = CTCLoss()
     optimizer = torch.optim.AdamW(
@@ -324,7 +505,9 @@ def train(args, device):
     )
     # Exponential moving average, batch norm statistics included: at a high learning
     # rate it reads far better than the weights of any one step.
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGING), use_buffers=True)
+    average = AveragedModel(
+        model, multi_avg_fn=get_ema_multi_avg_fn(task["averaging"]), use_buffers=True
+    )
 
     name = f"{args.task}_nh{model.nh}_depth{model.depth}"
     checkpoint, table = args.out / f"{name}.pth", args.out / f"{name}.csv"
@@ -339,15 +522,25 @@ def train(args, device):
             model.train()
             train_loss = torch.zeros((), device=device)
             for batch in train_batches:
-                lr = learning_rate(step, steps, args.lr)
+                lr = learning_rate(step, steps, args.lr, task["power"])
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                criterion.smoothing = SMOOTHING * max(0.0, 1 - step / SMOOTHING_STEPS)
+                if task["flat"]:
+                    criterion.flat = max(0.0, 1 - step / task["flat"])
+                else:
+                    criterion.smoothing = SMOOTHING * max(0.0, 1 - step / SMOOTHING_STEPS)
 
                 images = preprocess.normalise(batch.images.to(device))
-                logits = model(random_shift(images), batch.widths)
-                columns = batch.widths // COLUMN
-                loss = criterion(logits, batch.targets, columns, batch.target_lengths)
+                if args.augment:
+                    images = random_shift(images)
+                targets, columns = batch.targets, batch.widths // COLUMN
+                if converter.nclass > 4 * SAMPLED:
+                    classes, targets, correction = sample_classes(targets, converter.nclass)
+                    logits = model(images, batch.widths, classes.to(device))
+                    logits = logits + correction.to(device)
+                else:
+                    logits = model(images, batch.widths)
+                loss = criterion(logits, targets, columns, batch.target_lengths)
 
                 optimizer.zero_grad()
                 loss.backward()
@@ -362,15 +555,18 @@ def train(args, device):
                 bar.update()
 
             train_loss = train_loss.item() / len(train_set)
-            test_loss, accuracy, cer = evaluate(
+            test_loss, readings = evaluate(
                 average.module, test_batches, converter, preprocess, device
             )
+            texts = [reading.text for reading in readings]
+            accuracy = word_accuracy(texts, test_labels)
+            cer = character_error_rate(texts, test_labels)
             seconds = time.perf_counter() - began
             if epoch == 1:
                 keep_previous(checkpoint, table)
             if best is None or (accuracy, -test_loss) > best:
                 best, best_epoch = (accuracy, -test_loss), epoch
-                save_checkpoint(checkpoint, average.module, alphabet, preprocess)
+                save_checkpoint(checkpoint, average.module, converter, preprocess, args.half)
             values = f"{train_loss:.4f} {test_loss:.4f} {accuracy:.4f} {cer:.4f} {lr:.6f}"
             rows.append((epoch, *values.split(), f"{seconds:.2f}"))
             save_table(table, rows)
@@ -385,15 +581,19 @@ def train(args, device):
     if best is None:
         print("no epoch was completed, nothing was saved")
     else:
+        calibrate(checkpoint, test_batches, device)
         print(f"best word accuracy {best[0]:.4f} in epoch {best_epoch}: {checkpoint}")
     return 0 if step == steps else 130
 
 
 def main():
     args = parse_args()
+    sys.stdout.reconfigure(encoding="utf-8")  # whatever the console's own is
     device = pick_device(args.device)
     if args.evaluate:
         return evaluate_weights(args, device)
+    if args.calibrate:
+        return calibrate_weights(args, device)
     return train(args, device)
 
 

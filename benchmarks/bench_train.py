@@ -1,7 +1,8 @@
-"""Measure the simple task: drawing, training over many seeds, accuracy on fresh images.
+"""Measure a task: drawing, training over many seeds, accuracy on fresh images.
 
-    python benchmarks/bench_train.py              # 20 seeds, as in the README
-    python benchmarks/bench_train.py --seeds 3
+    python benchmarks/bench_train.py              # simple, 20 seeds, as in the README
+    python benchmarks/bench_train.py --task chinese --seeds 3
+    python benchmarks/bench_train.py --task complex --seeds 1 --train 5000 --epochs 24
 
 Runs the real commands with their default flags, one after the other, and reads the
 tables they write. The fresh images come from another generator seed than the training
@@ -10,6 +11,7 @@ and test images.
 
 import argparse
 import csv
+import json
 import os
 import platform
 import re
@@ -28,31 +30,45 @@ sys.path.insert(0, str(ROOT))
 
 from model import MicroNet  # noqa: E402
 
-FRESH = 5000  # images
+FRESH = {"simple": 5000, "complex": 5000, "chinese": 2000}  # images
 FRESH_SEED = 1000
+# Runs a command from a small process: the peak memory that the system reports for a child
+# is at least that of the process which started it.
+MEASURE = """
+import json, subprocess, sys, time
+began = time.perf_counter()
+code = subprocess.run(sys.argv[1:], stderr=subprocess.DEVNULL).returncode
+seconds = time.perf_counter() - began
+try:
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+except ImportError:  # Windows
+    peak = None
+json.dump([code, seconds, peak], sys.stderr)
+"""
 
 
-def run(*command, threads):
-    """Run a script of the repository. Returns (stdout, seconds, peak memory in MB or None)."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    began = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, ROOT / command[0], *map(str, command[1:])],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+def measured(*command, **environment):
+    """Run a command to its end. Returns (stdout, seconds, peak memory in MB or None)."""
+    process = subprocess.run(
+        [sys.executable, "-c", MEASURE, *map(str, command)],
+        check=False,
+        env=os.environ | environment,
+        capture_output=True,
         text=True,
         encoding="utf-8",
     )
-    output = process.stdout.read()
-    peak = None
-    if hasattr(os, "wait4"):  # not on Windows
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        peak = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    if process.wait():
-        sys.exit(f"{command[0]} failed with exit code {process.returncode}")
-    return output, time.perf_counter() - began, peak
+    code, seconds, peak = json.loads(process.stderr)
+    if code:
+        sys.exit(f"{' '.join(map(str, command))} failed with exit code {code}")
+    if peak:
+        peak /= 2**20 if sys.platform == "darwin" else 2**10
+    return process.stdout, seconds, peak
+
+
+def run(script, *arguments, threads):
+    """Run a script of the repository, as `measured`."""
+    return measured(sys.executable, ROOT / script, *arguments, OMP_NUM_THREADS=str(threads))
 
 
 def forward_milliseconds():
@@ -77,7 +93,12 @@ def spread(values, digits):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Measure the training of the simple task.")
+    parser = argparse.ArgumentParser(description="Measure the training of a task.")
+    parser.add_argument(
+        "--task", choices=FRESH, default="simple", help="what to train (default: %(default)s)"
+    )
+    parser.add_argument("--train", type=int, help="training images (default: the task's)")
+    parser.add_argument("--epochs", type=int, help="epochs (default: the task's)")
     parser.add_argument(
         "--seeds", type=int, default=20, help="train seeds 0 to SEEDS-1 (default: %(default)s)"
     )
@@ -91,13 +112,16 @@ def main():
     print(f"one image through the network, 1 thread: {forward_milliseconds():.2f} ms", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        data, fresh = Path(folder, "simple"), Path(folder, "fresh")
+        data, fresh = Path(folder, "data"), Path(folder, "fresh")
+        draw = ["gen_image.py", "--task", args.task, "--out"]
+        size = ["--train", args.train] if args.train else []
         drawing = [
-            run("gen_image.py", "--out", data, "--force", threads=args.threads)[1] for _ in range(3)
+            run(*draw, data, "--force", *size, threads=args.threads)[1]
+            for _ in range(3 if args.task == "simple" else 1)
         ]
-        print(f"drawing 5,500 images, 3 runs: {spread(drawing, 1)} s")
-        size = ["--train", 1, "--test", FRESH, "--seed", FRESH_SEED]
-        run("gen_image.py", "--out", fresh, *size, threads=args.threads)
+        print(f"drawing the images, {len(drawing)} runs: {spread(drawing, 1)} s")
+        size = ["--train", 1, "--test", FRESH[args.task], "--seed", FRESH_SEED]
+        run(*draw, fresh, *size, threads=args.threads)
 
         print(
             "seed  first 1.0: epoch  seconds  best  fresh accuracy  command s  peak MB", flush=True
@@ -106,8 +130,9 @@ def main():
         for seed in range(args.seeds):
             out = Path(folder, f"seed{seed}")
             _, command, peak = run(
-                "train.py", "--data", data, "--seed", seed, "--out", out, threads=args.threads
-            )
+                "train.py", "--task", args.task, "--data", data, "--seed", seed, "--out", out,
+                *(["--epochs", args.epochs] if args.epochs else []), threads=args.threads,
+            )  # fmt: skip
             with next(out.glob("*.csv")).open(encoding="utf-8", newline="") as file:
                 rows = list(csv.DictReader(file))
             weights = next(out.glob("*.pth"))
@@ -130,7 +155,7 @@ def main():
     print(f"test word accuracy 1.0: {bests.count(1.0)} of {args.seeds} seeds")
     print(f"epoch of the first 1.0: {spread(epochs, 0)}")
     print(f"training seconds to it: {spread(seconds, 1)}")
-    print(f"accuracy on {FRESH} fresh images: {spread(accuracies, 4)}")
+    print(f"accuracy on {FRESH[args.task]} fresh images: {spread(accuracies, 4)}")
     print(f"whole command, seconds: {spread(commands, 1)}")
     print(f"peak memory, MB: {spread(peaks, 0)}")
 

@@ -75,3 +75,20 @@ def test_loss_ignores_padded_columns_and_fits_the_probability():
     for gradient, width in zip(logits.grad, columns, strict=True):
         assert gradient[:width].abs().min() > 0
         assert gradient[width:].abs().max() == 0 if width < 10 else True
+
+
+def test_flat_start_shares_the_columns_out_evenly():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 8, 4, requires_grad=True)
+    targets, columns, lengths = (
+        torch.tensor([1, 2, 3, 1]),
+        torch.tensor([8, 6]),
+        torch.tensor([1, 3]),
+    )
+    loss = CTCLoss(flat=1.0)(logits, targets, columns, lengths)
+    log_probs = logits.detach().log_softmax(2)
+    first = -log_probs[0, :, 1].mean()
+    second = -log_probs[1, range(6), [2, 2, 3, 3, 1, 1]].mean() * 3
+    assert loss.item() == pytest.approx(((first + second) / 2).item(), rel=1e-5)
+    loss.backward()
+    assert logits.grad[1, 6:].abs().max() == 0

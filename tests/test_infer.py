@@ -12,16 +12,16 @@ from PIL import Image
 
 from infer_tool import SHIPPED_WEIGHTS, RecInfer
 
-SAMPLES = sorted((ROOT / "assets" / "samples").glob("*.png"))  # named by their text
+SAMPLES = sorted((ROOT / "assets" / "samples" / "simple").glob("*.png"))  # named by their text
 
 
 @pytest.fixture(scope="module")
 def reader():
-    return RecInfer(SHIPPED_WEIGHTS)
+    return RecInfer(SHIPPED_WEIGHTS["simple"])
 
 
 def test_shipped_weights_read_the_samples_and_are_small(reader):
-    assert SHIPPED_WEIGHTS.stat().st_size <= 70_000
+    assert SHIPPED_WEIGHTS["simple"].stat().st_size <= 70_000
     assert len(SAMPLES) >= 10
     readings = reader.predict(SAMPLES)
     assert [reading.text for reading in readings] == [path.stem for path in SAMPLES]
@@ -71,10 +71,21 @@ def test_bad_images_are_named(reader, tmp_path):
             reader.predict(source)
 
 
+@pytest.mark.parametrize(("task", "limit"), [("complex", 1_500_000), ("chinese", 5_000_000)])
+def test_demo_picks_a_task(task, limit, tmp_path):
+    assert SHIPPED_WEIGHTS[task].stat().st_size <= limit
+    samples = sorted((ROOT / "assets" / "samples" / task).glob("*.png"))
+    process = run_script("demo.py", "--task", task, "--save", "sheet.png", cwd=tmp_path)
+    lines = [line.split("\t") for line in process.stdout.splitlines()]
+    assert [line[1] for line in lines] == [path.stem for path in samples]
+    assert len(lines) >= 8
+    assert (tmp_path / "sheet.png").exists()
+
+
 def test_demo_without_arguments_reads_the_samples(tmp_path):
     process = run_script("demo.py", cwd=tmp_path)
     assert process.returncode == 0
-    assert str(SHIPPED_WEIGHTS) in process.stderr
+    assert str(SHIPPED_WEIGHTS["simple"]) in process.stderr
     lines = [line.split("\t") for line in process.stdout.splitlines()]
     assert [line[1] for line in lines] == [path.stem for path in SAMPLES]
 
@@ -88,6 +99,7 @@ def test_demo_reads_files_as_json_with_the_weights_last_written(trained, digits,
     )
     assert_clear_error(process, "none.png", "save_model")
     results = [json.loads(line) for line in process.stdout.splitlines()]
+    assert list(results.pop(1)) == ["image", "error"]
     assert len(results) == 2
     assert list(results[0]) == ["image", "text", "confidence", "characters"]
     assert results[0]["text"] == label

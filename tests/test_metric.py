@@ -2,7 +2,13 @@
 
 import pytest
 
-from metric import character_error_rate, edit_distance, word_accuracy
+from metric import (
+    character_error_rate,
+    confusions,
+    edit_distance,
+    wilson_interval,
+    word_accuracy,
+)
 
 
 @pytest.mark.parametrize(
@@ -17,3 +23,14 @@ def test_one_missing_character_is_one_error():
     # Compared position by position, every character of "bcd" would be wrong.
     assert character_error_rate(["bcd", "xy"], ["abcd", "xy"]) == pytest.approx(1 / 6)
     assert word_accuracy(["bcd", "xy"], ["abcd", "xy"]) == 0.5
+
+
+def test_wilson_interval():
+    # 81 of 263: the example of Newcombe, Statistics in Medicine 17 (1998), table I.
+    assert wilson_interval(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson_interval(1.0, 5000) == pytest.approx((0.99923, 1.0), abs=1e-5)
+
+
+def test_confusions_name_what_was_read_for_what():
+    pairs = confusions(["A0C", "AC", "XABC", "ok"], ["AOC", "ABC", "ABC", "ok"])
+    assert pairs == {("O", "0"): 1, ("B", ""): 1, ("", "X"): 1}

@@ -10,8 +10,10 @@ import sys
 import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, assert_clear_error, run_script
+from PIL import Image
 
-from train import learning_rate, supported_by
+from model import MicroNet
+from train import SAMPLED, learning_rate, sample_classes, supported_by
 
 NAME = "simple_nh16_depth2"
 
@@ -35,7 +37,9 @@ def test_it_learns_to_read(trained, digits):
     evaluation = run_script("train.py", "--evaluate", "--data", digits, cwd=folder)
     line = evaluation.stdout.splitlines()[-1]
     cer = rows[int(epoch) - 1]["cer"]
-    assert line == f"word accuracy {best}, CER {cer}, 100 images"
+    assert re.fullmatch(
+        rf"word accuracy {best} \(95 % interval 0.\d+ to [01].\d+\), CER {cer}, 100 images", line
+    )
     assert str(folder / path) == str(folder / "save_model" / f"{NAME}.pth")
 
 
@@ -65,6 +69,50 @@ def test_start_from_weights(trained, digits, tmp_path):
     flags = ["--epochs", 1, "--lr", 0.001, "--weights", start]
     process = run_script("train.py", "--data", digits, *flags, cwd=tmp_path)
     assert float(re.search(r"best word accuracy (\S+)", process.stdout)[1]) >= 0.95
+
+
+def test_half_precision_halves_the_file_and_reads_the_same(trained, digits, tmp_path):
+    start = trained[0] / "save_model" / f"{NAME}.pth"
+    flags = ["--epochs", 1, "--lr", 1e-9, "--train", 64, "--no-augment", "--half"]
+    process = run_script("train.py", "--data", digits, "--weights", start, *flags, cwd=tmp_path)
+    assert process.stdout.startswith("64 training and 100 test images")
+    half = tmp_path / "save_model" / f"{NAME}.pth"
+    assert {t.dtype for t in weights(half).values() if t.is_floating_point()} == {torch.float16}
+    assert half.stat().st_size < 0.75 * start.stat().st_size  # names and layout take the rest
+    accuracy = float(re.search(r"best word accuracy (\S+)", process.stdout)[1])
+    read = run_script("train.py", "--evaluate", "--data", digits, cwd=tmp_path).stdout
+    assert f"word accuracy {accuracy:.4f}" in read
+
+
+def test_evaluation_shows_the_mistakes(trained, digits, tmp_path):
+    shutil.copytree(digits, tmp_path / "data")
+    lines = (digits / "test.txt").read_text(encoding="utf-8").splitlines()
+    wrong = [  # labels that call each 7 a 1
+        path + "\t" + label.replace("7", "1")
+        for path, label in (line.split("\t") for line in lines)
+    ]
+    (tmp_path / "data" / "test.txt").write_text("\n".join(wrong), encoding="utf-8")
+    process = run_script(
+        "train.py", "--evaluate", "--data", tmp_path / "data", "--weights",
+        trained[0] / "save_model" / f"{NAME}.pth", "--mistakes", "wrong.png", cwd=tmp_path,
+    )  # fmt: skip
+    assert re.search(r"most confused: 1 read as 7 \d+x", process.stdout), process.stderr
+    with Image.open(tmp_path / "wrong.png") as sheet:
+        assert sheet.width > 300
+
+
+def test_sampled_classes_are_a_fair_share_of_all():
+    torch.manual_seed(0)
+    model, images = MicroNet(4, 1, 2000).eval(), torch.randn(2, 3, 32, 32)
+    targets = torch.tensor([5, 9, 5, 1999])
+    classes, places, correction = sample_classes(targets, 2000)
+    assert classes[places].tolist() == targets.tolist()
+    assert classes[0] == 0
+    assert len(classes.unique()) == len(classes) == 1 + 3 + SAMPLED
+    with torch.no_grad():
+        assert torch.allclose(model(images, classes=classes), model(images)[:, :, classes])
+    # Equal logits: the sample weighs as much as all classes together.
+    assert correction.exp().sum().item() == pytest.approx(2000, rel=1e-4)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
@@ -114,6 +162,7 @@ def test_bad_input(digits, trained, tmp_path):
         (["--evaluate", "--weights", "text.pth"], ["text.pth", "not a MicroOCR checkpoint"]),
         (["--evaluate", "--weights", "none.pth"], ["none.pth", "cannot be read"]),
         (["--weights", "none.pth", "--nh", "8"], ["--nh"]),
+        (["--mistakes", "wrong.png"], ["--mistakes", "--evaluate"]),
     ]:
         assert_clear_error(run_script("train.py", *arguments, cwd=tmp_path), *fragments)
     assert not (tmp_path / "save_model" / f"{NAME}.pth").exists()
@@ -129,7 +178,7 @@ def test_which_torch_runs_on_which_card():
 
 
 def test_learning_rate_rises_then_falls():
-    rates = [learning_rate(step, 1000, 0.5) for step in range(1000)]
+    rates = [learning_rate(step, 1000, 0.5, 4) for step in range(1000)]
     peak = rates.index(max(rates))
     assert max(rates) == 0.5
     assert rates[: peak + 1] == sorted(rates[: peak + 1])

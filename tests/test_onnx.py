@@ -1,0 +1,144 @@
+"""Export to ONNX, reading without PyTorch, and that a batch changes nothing."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import venv
+
+import numpy as np
+import pytest
+from conftest import ROOT, assert_clear_error, run_script
+
+from infer_tool import SHIPPED_WEIGHTS, RecInfer
+
+NETWORKS = [
+    path.with_suffix(kind) for path in SHIPPED_WEIGHTS.values() for kind in (".pth", ".onnx")
+]
+NAME = "simple_nh16_depth2"
+
+
+def test_shipped_networks_are_exports_of_the_shipped_checkpoints():
+    for path in SHIPPED_WEIGHTS.values():
+        one, two = RecInfer(path), RecInfer(path.with_suffix(".onnx"))
+        assert one.preprocess == two.preprocess
+        assert one.converter.alphabet == two.converter.alphabet
+        assert one.converter.temperature == two.converter.temperature
+        for image in sorted((ROOT / "assets" / "samples").glob("*/*.png")):
+            assert_same(one.predict(image), two.predict(image), 1e-4)
+
+
+def assert_same(one, two, tolerance=1e-5):
+    assert one.text == two.text
+    assert one.confidence == pytest.approx(two.confidence, abs=tolerance)
+    assert one.char_confidences == pytest.approx(two.char_confidences, abs=tolerance)
+
+
+@pytest.mark.parametrize("weights", NETWORKS, ids=lambda path: path.name)
+def test_neighbours_do_not_change_a_reading(weights):
+    rng, dice = np.random.default_rng(0), random.Random(0)
+    reader = RecInfer(weights)
+    samples = [p.read_bytes() for p in sorted((ROOT / "assets" / "samples").glob("*/*.png"))]
+    noise = [
+        rng.integers(0, 256, (32, width, 3)).astype(np.uint8) for width in (16, 60, 128, 128, 300)
+    ]
+    images = [*samples, *noise]
+    alone = [reader.predict(image) for image in images]
+    for size in (2, 3, 17, len(images), 300):
+        chosen = dice.choices(range(len(images)), k=size)
+        for i, reading in zip(chosen, reader.predict([images[i] for i in chosen]), strict=True):
+            assert_same(reading, alone[i])
+
+
+def test_export_of_a_training_reads_the_same(trained, digits, tmp_path):
+    weights, out = trained[0] / "save_model" / f"{NAME}.pth", tmp_path / "mine.onnx"
+    flags = ["export", "--weights", weights, "--out", out]
+    process = run_script("infer_tool.py", *flags, cwd=tmp_path)
+    assert "the same texts" in process.stdout, process.stderr
+    assert list(tmp_path.iterdir()) == [out]
+    tables = [
+        run_script("demo.py", digits / "test", "--json", "--weights", path, cwd=tmp_path).stdout
+        for path in (weights, out)
+    ]
+    first, second = ([json.loads(line) for line in table.splitlines()] for table in tables)
+    assert [entry["text"] for entry in first] == [entry["text"] for entry in second]
+    assert len(first) == 100
+
+
+def test_reading_needs_no_torch(tmp_path):
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    packages = ["numpy", "pillow", "tqdm", "onnxruntime"]
+    subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True, timeout=300)
+    assert subprocess.run(
+        [python, "-c", "import torch"], capture_output=True, check=False
+    ).returncode
+    weights = SHIPPED_WEIGHTS["simple"].with_suffix(".onnx")
+    samples = ROOT / "assets" / "samples" / "simple"
+    process = subprocess.run(
+        [python, ROOT / "demo.py", "--weights", weights, samples],
+        capture_output=True, text=True, encoding="utf-8", check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    texts = [line.split("\t")[1] for line in process.stdout.splitlines()]
+    assert texts == [path.stem for path in sorted(samples.glob("*.png"))]
+    # Of the other kind of file it can only say what is missing.
+    process = subprocess.run(
+        [python, ROOT / "demo.py", "--task", "simple"],
+        capture_output=True, text=True, encoding="utf-8", check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert_clear_error(process, "pip install torch", ".onnx")
+
+
+@pytest.mark.parametrize(
+    ("missing", "command"),
+    [
+        ("onnxruntime", ["demo.py", "--weights", SHIPPED_WEIGHTS["simple"].with_suffix(".onnx")]),
+        ("onnx", ["infer_tool.py", "export", "--out", "new.onnx"]),
+    ],
+)
+def test_a_missing_package_is_answered_with_the_line_that_installs_it(missing, command, tmp_path):
+    script, *arguments = command
+    code = (
+        f"import sys, runpy; sys.modules[{missing!r}] = None; sys.path.insert(0, {str(ROOT)!r}); "
+        f"sys.argv = [{script!r}, *{list(map(str, arguments))}]; "
+        f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert_clear_error(process, "pip install", missing)
+
+
+def test_broken_and_foreign_networks_are_refused(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    whole = SHIPPED_WEIGHTS["simple"].with_suffix(".onnx").read_bytes()
+    cases = {"empty": b"", "text": b"hello", "cut": whole[: len(whole) // 2]}
+    network = onnx.load_from_string(whole)
+    metadata = {entry.key: entry.value for entry in network.metadata_props}
+    for name, change in {
+        "no_alphabet": {"alphabet": ""},
+        "other_alphabet": {"alphabet": "ab"},
+        "no_temperature": {"temperature": "0"},
+        "tall": {"preprocess": json.dumps({"height": 64})},
+        "unknown": {"preprocess": json.dumps({"hight": 32})},
+    }.items():
+        onnx.helper.set_model_props(network, metadata | change)
+        cases[name] = network.SerializeToString()
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    huge = helper.make_node("ConstantOfShape", ["shape"], ["zeros"])
+    elsewhere = onnx.TensorProto(name="w", data_type=kind, dims=[1], data_location=1)
+    elsewhere.external_data.add(key="location", value="/etc/passwd")
+    for name, nodes, tensors in (("huge", [huge], []), ("elsewhere", [], [elsewhere])):
+        hostile = onnx.load_from_string(whole)
+        hostile.graph.node.extend(nodes)
+        hostile.graph.initializer.extend(tensors)
+        cases[name] = hostile.SerializeToString()
+    for name, content in cases.items():
+        path = tmp_path / f"{name}.onnx"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}.onnx: is not a MicroOCR network"):
+            RecInfer(path)
+    with pytest.raises(ValueError, match="cannot be read"):
+        RecInfer(tmp_path / "none.onnx")

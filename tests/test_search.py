@@ -1,0 +1,77 @@
+"""Prefix beam search and its constraints, against the enumeration of all alignments."""
+
+from itertools import groupby, product
+
+import numpy as np
+import pytest
+
+from ctc_label_converter import BLANK, CTCLabelConverter, Search, softmax
+
+ALPHABET = "ab1"
+COLUMNS = 5
+
+
+@pytest.fixture(scope="module")
+def logits():
+    return np.random.default_rng(0).normal(0, 1.5, (25, COLUMNS, len(ALPHABET) + 1))
+
+
+def texts_by_definition(probs):
+    """{text: sum of the probabilities of the paths that spell it}."""
+    texts = {}
+    for path in product(range(len(ALPHABET) + 1), repeat=COLUMNS):
+        text = "".join(ALPHABET[k - 1] for k, _ in groupby(path) if k != BLANK)
+        texts[text] = texts.get(text, 0) + np.prod(probs[np.arange(COLUMNS), path])
+    return texts
+
+
+@pytest.mark.parametrize(
+    ("search", "allowed"),
+    [
+        (Search(beam=1000, top=4), lambda text: True),
+        (Search(beam=1000, shortest=2, longest=3), lambda text: 2 <= len(text) <= 3),
+        (Search(beam=1000, subset="xb1"), lambda text: "a" not in text),
+        (Search(lexicon=("ab", "b1a", "zz", "1"), top=2), {"ab", "b1a", "1"}.__contains__),
+        (Search(beam=1000, lexicon=("ab", "1b", "aab"), longest=2), {"ab", "1b"}.__contains__),
+    ],
+)
+def test_the_best_text_of_those_allowed(logits, search, allowed):
+    readings = CTCLabelConverter(ALPHABET).search(logits, search)
+    for image, reading in zip(logits, readings, strict=True):
+        texts = texts_by_definition(softmax(image))
+        texts = {text: p for text, p in texts.items() if allowed(text)}
+        if search.subset or search.lexicon:  # conditional on what the constraint admits
+            total = sum(texts.values())
+            texts = {text: p / total for text, p in texts.items()}
+        best = sorted(texts.items(), key=lambda item: -item[1])[: search.top]
+        found = [(reading.text, reading.confidence), *reading.alternatives]
+        assert [text for text, _ in found] == [text for text, _ in best]
+        assert [p for _, p in found] == pytest.approx([p for _, p in best])
+        assert len(reading.char_confidences) == len(reading.text)
+
+
+def test_a_beam_finds_what_greedy_decoding_misses():
+    # Graves et al. 2006, figure 2: the best path spells nothing, yet "a" is more probable.
+    logits = np.log([[[0.55, 0.45 - 2e-9, 1e-9, 1e-9]] * 2])
+    converter = CTCLabelConverter(ALPHABET)
+    [greedy], [beam] = converter.decode(logits), converter.search(logits, Search())
+    assert (greedy.text, beam.text) == ("", "a")
+    assert greedy.confidence == pytest.approx(0.55**2)
+    assert beam.confidence == pytest.approx(1 - 0.55**2, abs=1e-6)
+
+
+def test_temperature_changes_confidences_not_texts(logits):
+    sharp, flat = (CTCLabelConverter(ALPHABET, t).decode(logits) for t in (0.5, 2.0))
+    assert [r.text for r in sharp] == [r.text for r in flat]
+    assert sum(r.confidence for r in sharp) > sum(r.confidence for r in flat)
+    assert [r.text for r in CTCLabelConverter(ALPHABET).search(logits, Search(subset="a"))]
+
+
+def test_constraints_that_admit_nothing_are_refused(logits):
+    converter = CTCLabelConverter(ALPHABET)
+    with pytest.raises(ValueError, match="subset"):
+        converter.search(logits, Search(subset="xyz"))
+    with pytest.raises(ValueError, match="lexicon"):
+        converter.search(logits, Search(lexicon=("xyz", "ab"), longest=1))
+    [reading, *_] = converter.search(logits, Search(shortest=COLUMNS + 1))
+    assert (reading.text, reading.confidence) == ("", 0.0)
