@@ -1,9 +1,13 @@
-"""Batch collation: samples of a TextImageDataset to the tensors of a batch."""
+"""From samples to batches: their order, their collation, and what training does to them."""
 
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional as F
+
+SORTED = 8  # batches' worth of images that are sorted by width at a time
+SHIFT_X, SHIFT_Y = 2, 1  # pixels that a training batch is moved by, at most
 
 
 class Batch(NamedTuple):
@@ -52,3 +56,122 @@ class Collate:
             torch.from_numpy(target_lengths),
             list(labels),
         )
+
+
+class OnDevice:
+    """A TextImageDataset as one tensor on a device, from which whole batches are taken.
+
+    For a DataLoader with ``collate_fn=OnDevice.unchanged``.
+
+    Args:
+        dataset: a TextImageDataset in memory.
+        converter: a `CTCLabelConverter`.
+        device: where the images are kept, as uint8, padded to the widest.
+    """
+
+    def __init__(self, dataset, converter, device):
+        self.images, self.widths, _, _, self.labels = Collate(converter)(dataset)
+        self.images = self.images.to(device)
+        self.converter = converter
+
+    @staticmethod
+    def unchanged(batch):
+        """The batch is made already."""
+        return batch
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitems__(self, indices):
+        """The `Batch` of some images, the same as `Collate` makes of them."""
+        chosen = torch.tensor(indices)
+        widths = self.widths[chosen]
+        images = self.images[..., : widths.max()][chosen.to(self.images.device)]
+        labels = [self.labels[i] for i in indices]
+        targets, lengths = map(torch.from_numpy, self.converter.encode(labels))
+        return Batch(images, widths, targets, lengths, labels)
+
+
+class EpochOrder:
+    """The ``batch_sampler`` of a training: each image once an epoch, in a random order.
+
+    Images of similar width share a batch where widths differ, so that little is padding.
+    Where several processes train, each gets its share of every batch.
+
+    Args:
+        widths: pixels of each image.
+        batch_size: images of a batch, over all processes.
+        generator: the `torch.Generator` of the order.
+        rank, world: which of how many processes this is.
+
+    Attributes:
+        totals: images of each batch of the epoch that was begun last, over all processes.
+
+    Raises ValueError for fewer images than processes.
+    """
+
+    def __init__(self, widths, batch_size, generator, rank=0, world=1):
+        if len(widths) < world or batch_size < world:
+            raise ValueError(
+                f"{len(widths)} images in batches of {batch_size} are too few for {world} processes"
+            )
+        self.widths, self.batch_size, self.generator = widths, batch_size, generator
+        self.rank, self.world = rank, world
+        self.totals = []
+
+    def __len__(self):
+        full, rest = divmod(len(self.widths), self.batch_size)
+        return full + (rest >= self.world)
+
+    def __iter__(self):
+        order = torch.randperm(len(self.widths), generator=self.generator).tolist()
+        mixed = len(set(self.widths)) > 1
+        if mixed:
+            chunk = SORTED * self.batch_size
+            parts = [order[i : i + chunk] for i in range(0, len(order), chunk)]
+            order = [i for part in parts for i in sorted(part, key=self.widths.__getitem__)]
+        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        if len(batches[-1]) < self.world:  # each process needs an image
+            batches[-2:] = [batches[-2] + batches[-1]]
+        if mixed:
+            turns = torch.randperm(len(batches), generator=self.generator).tolist()
+            batches = [batches[i] for i in turns]
+        self.totals = [len(batch) for batch in batches]
+        for batch in batches:
+            yield batch[self.rank :: self.world]
+
+
+def random_shift(images):
+    """Move a batch by some whole pixels, its edges repeated. (N, 3, H, W) -> same."""
+    x = torch.randint(2 * SHIFT_X + 1, ()).item()
+    y = torch.randint(2 * SHIFT_Y + 1, ()).item()
+    height, width = images.shape[2:]
+    padded = F.pad(images, (SHIFT_X, SHIFT_X, SHIFT_Y, SHIFT_Y), mode="replicate")
+    return padded[:, :, y : y + height, x : x + width]
+
+
+def random_affine(images):
+    """Stretch, slant, turn and move each image of a batch a little. (N, 3, H, W) -> same.
+
+    Up to 12 % wider or narrower, 15 % higher or lower, slanted by 0.15, turned by about 5
+    degrees, moved by 4 pixels across and 3 down; the edges are repeated.
+    """
+    count, _, height, width = images.shape
+
+    def between(limit):
+        return (torch.rand(count) * 2 - 1) * limit
+
+    turn = between(0.08)
+    # From a place in the result to the place in the image, both from -1 to 1.
+    matrix = torch.zeros(count, 2, 3)
+    matrix[:, 0, 0] = torch.exp(between(0.12))
+    matrix[:, 0, 1] = (turn + between(0.15)) * height / width
+    matrix[:, 0, 2] = between(8 / width)
+    matrix[:, 1, 0] = -turn * width / height * 0.3  # a line of text is long: less, or it leaves
+    matrix[:, 1, 1] = torch.exp(between(0.15))
+    matrix[:, 1, 2] = between(6 / height)
+    grid = F.affine_grid(matrix, images.shape, align_corners=False).to(images.device)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+AUGMENTATIONS = {"none": lambda images: images, "shift": random_shift, "affine": random_affine}

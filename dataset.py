@@ -1,23 +1,36 @@
 """From image files and labels to pixels: the one way for training, evaluation and inference.
 
-A data set is described by a label file, UTF-8, a line an image, paths relative to
-the file's folder:
+    python dataset.py my_images        # checks a data set: what is there, what is wrong
+
+A data set is a folder with train.txt and test.txt; or with one label file, or such a file,
+of which a part becomes the test set; or a folder of images whose file names are their
+labels. A label file is UTF-8, a line an image, paths relative to the file's folder:
 
     train/00000.png<TAB>pYaq
 """
 
+import argparse
+import codecs
+import hashlib
 import io
 import math
 import os
+import random
+import re
+import sys
 import warnings
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
+
+from keys import load_alphabet
 
 COLUMN = 4  # pixels: the network reads an image in columns of this width
 MAX_PIXELS = 2**23  # of an image file, 8.4 million: checked before it is decoded
@@ -25,6 +38,11 @@ MAX_WIDTH = 4096  # pixels, after resizing
 # What people keep images in. Pillow knows more, some by starting other programs.
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+SPLITS = ("train", "test")
+# What may stand between a label and the rest of a file name.
+SEPARATORS = "_-.#@~"
+SHEET_IMAGE = (320, 96)  # pixels of an image on a contact sheet, at most
+RARE = 5  # a character seen less often is hardly learnt
 # Where systems keep a font with Chinese characters, best known first.
 CHINESE_FONTS = (
     "/usr/share/fonts/truetype/wqy/wqy-microhei.ttc",
@@ -72,18 +90,23 @@ class Preprocess:
 
         Raises ImageError where the aspect ratio makes it wider than 4,096 pixels.
         """
-        width = self.width
-        if width is None:
-            columns = max(1, round(image.width * self.height / image.height / COLUMN))
-            width = columns * COLUMN
-        if width > MAX_WIDTH:
-            raise ImageError(
-                f"has {image.width}x{image.height} pixels, that is {width} pixels wide at height "
-                f"{self.height}, more than {MAX_WIDTH}: cut it into lines of text"
-            )
+        width = self.width_of(*image.size)
         if image.size != (width, self.height):
             image = image.resize((width, self.height), Image.Resampling.BILINEAR)
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+    def width_of(self, width, height):
+        """The W that an image of ``width`` x ``height`` pixels is resized to.
+
+        Raises ImageError where it would be more than 4,096.
+        """
+        resized = self.width or max(1, round(width * self.height / height / COLUMN)) * COLUMN
+        if resized > MAX_WIDTH:
+            raise ImageError(
+                f"has {width}x{height} pixels, that is {resized} pixels wide at height "
+                f"{self.height}, more than {MAX_WIDTH}: cut it into lines of text"
+            )
+        return resized
 
     def normalise(self, pixels):
         """uint8 tensor or array of any shape -> the same in float32, by mean and std."""
@@ -154,29 +177,44 @@ def _to_8_bits(image):
         return Image.fromarray((pixels * scale).round().clip(0, 255).astype(np.uint8))
 
 
-def read_label_file(path):
-    """Read a label file. A byte-order mark and CRLF line ends are accepted.
+class Sample(NamedTuple):
+    """An image of a data set.
 
-    Returns:
-        [(line number, image path as written, label)], blank lines left out.
-
-    Raises ValueError naming every line without a tab, a path or a label.
+    where: what an error names, "train.txt:7" or the image's path.
+    path: of the image.
+    label: its text.
     """
-    path = Path(path)
+
+    where: str
+    path: Path
+    label: str
+
+    def problem(self, text):
+        """``text``, which continues a sentence about the image, with all that names it."""
+        if self.where == str(self.path):
+            return f"{self.path}: {text}"
+        return f"{self.where}: {self.path} {text}"
+
+
+def _label_lines(path):
+    """[(line number, image path as written, label)] of a label file, and its problems."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: the label file cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}:{line}: is not UTF-8, save the label file as UTF-8") from None
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{path}:1: is not UTF-8, save the label file as UTF-8")
     lines, problems = [], []
     # Not splitlines: a label may hold characters that only it takes for line breaks.
-    for number, line in enumerate(text.split("\n"), 1):
-        line = line.removesuffix("\r")
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
+        line = line.removesuffix(b"\r")
         if not line:
             continue
-        image, tab, label = line.partition("\t")
+        try:
+            image, tab, label = line.decode("utf-8").partition("\t")
+        except UnicodeDecodeError:
+            problems.append(f"{path}:{number}: is not UTF-8, save the label file as UTF-8")
+            continue
         if not tab:
             problems.append(f"{path}:{number}: no tab between the image's path and its label")
         elif not image:
@@ -185,10 +223,22 @@ def read_label_file(path):
             problems.append(f"{path}:{number}: the label is empty")
         else:
             lines.append((number, image, label))
+    if not lines and not problems:
+        raise ValueError(f"{path}: the data set is empty, it needs lines of image<TAB>label")
+    return lines, problems
+
+
+def read_label_file(path):
+    """Read a label file. A byte-order mark and CRLF line ends are accepted.
+
+    Returns:
+        [(line number, image path as written, label)], blank lines left out.
+
+    Raises ValueError naming every line without a tab, a path or a label.
+    """
+    lines, problems = _label_lines(Path(path))
     if problems:
         raise ValueError("\n".join(problems))
-    if not lines:
-        raise ValueError(f"{path}: the data set is empty, it needs lines of image<TAB>label")
     return lines
 
 
@@ -197,58 +247,393 @@ def columns_needed(label):
     return len(label) + sum(a == b for a, b in pairwise(label))
 
 
-class TextImageDataset:
-    """All images of a label file, decoded, as uint8 in memory.
+def find_separators(stems):
+    """The characters of SEPARATORS at which the labels of file names without suffix end.
+
+    A separator is in every name, or only counters and hexadecimal numbers follow it:
+    8npd5.png, 8npd5-0.png, 8npd5_3f2a.png.
+    """
+    found = ""
+    for separator in SEPARATORS:
+        rests = [stem.partition(separator)[2] for stem in stems if separator in stem]
+        counts = all(re.fullmatch(r"\d+|[0-9a-f-]{4,}", rest) for rest in rests)
+        if rests and (len(rests) == len(stems) or counts):
+            found += separator
+    return found
+
+
+def _named_images(folder, separator):
+    """The samples of a folder of images with their labels as file names, problems, notes."""
+    samples, problems, ignored = {split: [] for split in (*SPLITS, "all")}, [], []
+    paths = []
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.suffix.lower() in SUFFIXES and not hidden:
+            paths.append(path)
+        elif path.is_file():
+            ignored.append(path.name)
+    if not paths:
+        raise ValueError(
+            f"{folder}: holds neither a label file (train.txt and test.txt, or one of any name, "
+            "with lines of image<TAB>label) nor images whose names are their labels"
+        )
+    separators = find_separators([path.stem for path in paths]) if separator is None else separator
+    split_folders = all((folder / split).is_dir() for split in SPLITS)
+    for path in paths:
+        label = path.stem
+        if separators:
+            end = re.search(f"[{re.escape(separators)}]" if separator is None
+                            else re.escape(separators), label)  # fmt: skip
+            label = label[: end.start()] if end else label
+        first = path.relative_to(folder).parts[0]
+        split = first if split_folders and first in SPLITS else "all"
+        if label:
+            samples[split].append(Sample(str(path), path, label))
+        else:
+            problems.append(f"{path}: its name holds no label before {separators!r}")
+    rule = f"up to {' or '.join(map(repr, separators))}" if separators else "as a whole"
+    notes = [f"labels are the file names, {rule} (--label-separator): {paths[0].name}"]
+    if ignored:
+        shown = ", ".join(ignored[:5]) + (", ..." if len(ignored) > 5 else "")
+        notes.append(f"{len(ignored)} other files are not read: {shown}")
+    return samples, problems, notes
+
+
+def find_samples(data, separator=None):
+    """Find out how a data set is kept, and list its samples.
 
     Args:
-        label_file: path of the label file.
-        alphabet: the characters that labels may hold.
+        data: path of a folder or a label file, see above.
+        separator: what ends a label in a file name, "" for nothing. None: find it.
+
+    Returns:
+        (samples, problems, notes): {"train": [`Sample`], "test": [...], "all": [...]}, where
+        "all" still has to be split; the texts of what is wrong and of what was found.
+
+    Raises ValueError where there is no data set, or more than one could be meant.
+    """
+    data = Path(data)
+    if data.is_file():
+        files = {"all": data}
+    elif not data.is_dir():
+        raise ValueError(f"{data}: there is no such folder or label file")
+    else:
+        files = {s: data / f"{s}.txt" for s in SPLITS if (data / f"{s}.txt").is_file()}
+        if not files:
+            listed = []
+            for path in sorted(data.glob("*.txt")):
+                with path.open("rb") as file:
+                    if b"\t" in file.read(4096):
+                        listed.append(path)
+            if len(listed) > 1:
+                names = ", ".join(path.name for path in listed)
+                raise ValueError(
+                    f"{data}: which label file is meant, {names}? Name it: --data FILE"
+                )
+            if not listed:
+                return _named_images(data, separator)
+            files = {"all": listed[0]}
+        elif list(files) == ["train"]:
+            files = {"all": files["train"]}
+    samples, problems = {split: [] for split in (*SPLITS, "all")}, []
+    for split, file in files.items():
+        lines, bad = _label_lines(file)
+        problems += bad
+        samples[split] = [
+            Sample(f"{file}:{number}", file.parent / image, label) for number, image, label in lines
+        ]
+    return samples, problems, [f"labels are in {' and '.join(map(str, files.values()))}"]
+
+
+def problem_list(problems):
+    """All problems as one text, their number first."""
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return f"{count} in the data:\n" + "\n".join(problems)
+
+
+def write_atomically(path, content):
+    """Write bytes so that ``path`` is either as before or complete, whatever happens.
+
+    Raises OSError, naming ``path``, where they cannot be written.
+    """
+    scratch = path.with_name(f"{path.name}.unfinished")
+    try:
+        with scratch.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # a power cut must not leave the new name without content
+        os.replace(scratch, path)
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror}), it is as before") from None
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def save_picture(path, image):
+    """Write a `PIL.Image` as PNG, by `write_atomically`."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    write_atomically(path, buffer.getvalue())
+
+
+def in_threads(function, items, name):
+    """[function(item)] with a bar. Pillow decodes outside the interpreter's lock."""
+    with ThreadPoolExecutor() as pool:
+        return list(tqdm(pool.map(function, items), name, len(items), leave=False, unit="img"))
+
+
+class Checked(NamedTuple):
+    """A data set that was looked at.
+
+    train, test: the `Sample`s that can be used.
+    sizes: {path: (width, height) of the image}.
+    alphabet: a string.
+    preprocess: a `Preprocess`.
+    problems: a text for each line or image that cannot be used.
+    notes: the lines of the report.
+    """
+
+    train: list
+    test: list
+    sizes: dict
+    alphabet: str
+    preprocess: Preprocess
+    problems: list
+    notes: list
+
+
+def check(
+    data, alphabet=None, preprocess=None, separator=None, val_fraction=0.1, seed=0,
+    ignore_case=False, limit=None, splits=SPLITS,
+):  # fmt: skip
+    """Look at every image and label of a data set.
+
+    Args:
+        data, separator: see `find_samples`.
+        alphabet: the characters that labels may hold. None: those that they hold.
+        preprocess: a `Preprocess`. None: one that fits the images and labels.
+        val_fraction: share of the images that becomes the test set where none is given.
+        seed: of that choice. Images of the same content stay together.
+        ignore_case: make labels lower case (upper case, if the alphabet has no lower).
+        limit: take only the first so many training images.
+        splits: those that are wanted.
+
+    Returns:
+        a `Checked`.
+
+    Raises ValueError where there is no data set at all.
+    """
+    samples, problems, notes = find_samples(data, separator)
+    samples["train"] = samples["train"][:limit]
+    samples = {split: own for split, own in samples.items() if split in (*splits, "all")}
+    if ignore_case:
+        upper = alphabet and alphabet.upper() == alphabet
+        fold = str.upper if upper else str.lower
+        samples = {
+            split: [sample._replace(label=fold(sample.label)) for sample in own]
+            for split, own in samples.items()
+        }
+
+    bad = set()
+
+    def refuse(sample, problem):
+        bad.add(sample.where)
+        problems.append(sample.problem(problem))
+
+    listed = [sample for own in samples.values() for sample in own]
+    sizes, digests = {}, {}
+    for sample, result in zip(listed, in_threads(_look, listed, "checking"), strict=True):
+        if isinstance(result, str):
+            refuse(sample, result)
+        else:
+            sizes[sample.path], digests[sample.path] = result
+    readable = {split: [s for s in own if s.path in sizes] for split, own in samples.items()}
+    if readable["all"]:
+        parts = _split(readable["all"], digests, val_fraction, seed)
+        readable = {
+            split: part for split, part in zip(SPLITS, parts, strict=True) if split in splits
+        }
+        readable["train"] = readable.get("train", [])[:limit]
+        notes[0] += f"; {val_fraction:.0%} of the images are the test set (--val-fraction, --seed)"
+    usable = [sample for split in splits for sample in readable[split]]
+    for sample, problem in _repeated(readable, digests):
+        refuse(sample, problem)
+
+    if alphabet is None:
+        alphabet = "".join(sorted({c for sample in usable for c in sample.label}))
+    if preprocess is None:
+        preprocess = fitting_preprocess([(sizes[s.path], s.label) for s in usable])
+    known = set(alphabet)
+    for sample in usable:
+        unknown = sorted(set(sample.label) - known)
+        if unknown:
+            shown = " ".join(map(repr, unknown))
+            refuse(sample, f"is labelled {sample.label!r}, {shown} not in the alphabet")
+            continue
+        try:
+            columns = preprocess.width_of(*sizes[sample.path]) // COLUMN
+        except ImageError as error:
+            refuse(sample, str(error))
+            continue
+        if columns_needed(sample.label) > columns:
+            refuse(
+                sample,
+                f"is labelled {sample.label!r}, which needs {columns_needed(sample.label)} columns "
+                f"of {COLUMN} pixels, it has {columns} at height {preprocess.height}",
+            )
+    train, test = (
+        [sample for sample in readable.get(split, []) if sample.where not in bad]
+        for split in SPLITS
+    )
+    notes += _report(train, test, sizes, alphabet)
+    return Checked(train, test, sizes, alphabet, preprocess, problems, notes)
+
+
+def _look(sample):
+    """((width, height), digest of the pixels) of a sample's image, or the text of a problem."""
+    try:
+        image = read_image(sample.path)
+    except ImageError as error:
+        return str(error)
+    return image.size, hashlib.blake2b(image.tobytes(), digest_size=16).digest()
+
+
+def _split(samples, digests, val_fraction, seed):
+    """(train, test) of samples, the same content always on one side."""
+    groups = defaultdict(list)
+    for sample in samples:
+        groups[digests[sample.path]].append(sample)
+    groups = list(groups.values())
+    if len(groups) < 2:
+        raise ValueError(f"{samples[0].where}: one image is too few, training and test need some")
+    random.Random(seed).shuffle(groups)
+    count = min(max(1, round(val_fraction * len(groups))), len(groups) - 1)
+    test = {sample for group in groups[:count] for sample in group}
+    return [s for s in samples if s not in test], [s for s in samples if s in test]
+
+
+def _repeated(readable, digests):
+    """[(sample, problem)]: test images that are trained on, and images with two labels."""
+    problems, first = [], {}
+    for split in reversed(SPLITS):  # of a pair, the training image is the one to leave out
+        for sample in readable.get(split, []):
+            other_split, other = first.setdefault(digests[sample.path], (split, sample))
+            if other_split != split:
+                problems.append((sample, f"is also a test image, {other.where}"))
+            elif other.label != sample.label:
+                text = f"is {sample.label!r} here and {other.label!r} in {other.where}"
+                problems.append((sample, text))
+    return problems
+
+
+def _spread(values):
+    """The range of some numbers, with their median where it is a range."""
+    values = sorted(values)
+    low, middle, high = values[0], values[len(values) // 2], values[-1]
+    return f"{low}" if low == high else f"{low} to {high} (median {middle})"
+
+
+def _report(train, test, sizes, alphabet):
+    """The lines that say what a data set holds."""
+    samples = [*train, *test]
+    if not samples:
+        return []
+    widths, heights = zip(*(sizes[sample.path] for sample in samples), strict=True)
+    counts = Counter(dict.fromkeys(alphabet, 0))
+    counts.update(character for sample in train or test for character in sample.label)
+    ranked = counts.most_common()
+    if len(ranked) > 120:
+        ranked = [*ranked[:40], ("...", None), *ranked[-40:]]
+    frequencies = " ".join(
+        character if times is None else f"{_visible(character)} {times}x"
+        for character, times in ranked
+    )
+    rare = sorted(character for character, times in counts.items() if times < RARE)
+    lengths = Counter(len(sample.label) for sample in samples)
+    lines = [
+        f"{len(train)} training and {len(test)} test images, {_spread(widths)} pixels wide, "
+        f"{_spread(heights)} high",
+        "label lengths: " + ", ".join(f"{length} {n}x" for length, n in sorted(lengths.items())),
+        f"alphabet, {len(alphabet)} characters: {frequencies}",
+    ]
+    if rare and train:
+        shown = " ".join(map(_visible, rare[:100])) + (" ..." if len(rare) > 100 else "")
+        lines.append(f"seen fewer than {RARE} times in training, {len(rare)} characters: {shown}")
+    return lines
+
+
+def _visible(character):
+    """A character as it is, or its escape where it would not be seen."""
+    return character if character.isprintable() and not character.isspace() else repr(character)
+
+
+def fitting_preprocess(items):
+    """The `Preprocess` that suits [((width, height) in pixels, label)].
+
+    Images of small text in much background, higher than 50 pixels in the median, get 48
+    rows of pixels, others 32. The ratio is kept, unless labels would not fit: then
+    all images get one width, with at least 5 columns for 4 that the labels need.
+    """
+    if not items:
+        return Preprocess()
+    heights = sorted(height for (_, height), _ in items)
+    height = 48 if heights[len(heights) // 2] > 50 else 32
+    columns = [max(1, round(w * height / h / COLUMN)) for (w, h), _ in items]
+    needed = [columns_needed(label) for _, label in items]
+    tight = sum(1.25 * n > c for n, c in zip(needed, columns, strict=True))
+    if tight <= len(items) / 20:
+        return Preprocess(height)
+    longest = sorted(needed)[int(0.995 * len(needed))]  # not that of a mistaken label
+    usual = sorted(columns)[len(columns) // 2]
+    return Preprocess(height, COLUMN * max(usual, math.ceil(1.25 * longest)))
+
+
+def data_sheet(samples, seed=0, count=48):
+    """A contact sheet of a random sample of images with their labels, an RGB image."""
+    chosen = random.Random(seed).sample(samples, min(count, len(samples)))
+    images = [read_image(sample.path) for sample in chosen]
+    return contact_sheet(images, [sample.label for sample in chosen], columns=6)
+
+
+class TextImageDataset:
+    """Images and labels, as uint8 in memory or read when they are asked for.
+
+    Args:
+        samples: a list of `Sample`.
         preprocess: a `Preprocess`.
-        limit: only the first so many lines are read. None: all.
+        in_memory: decode all images now.
 
     Item i is ((3, height, W) uint8 array, label).
 
-    Raises ValueError, naming file and line of everything that cannot be trained on.
+    Raises ValueError, naming file and line of everything that cannot be read.
     """
 
-    def __init__(self, label_file, alphabet, preprocess, limit=None):
-        lines = read_label_file(label_file)[:limit]
-        folder = Path(label_file).parent
-        known = set(alphabet)
+    def __init__(self, samples, preprocess, in_memory=True):
+        self.samples, self.preprocess = samples, preprocess
+        self.arrays = None
+        if in_memory:
+            arrays = in_threads(self._load, samples, "loading")
+            problems = [str(array) for array in arrays if isinstance(array, ValueError)]
+            if problems:
+                raise ValueError("\n".join(problems))
+            self.arrays = arrays
 
-        def load(line):
-            """Returns (array, label), or the text of a problem."""
-            number, path, label = line
-            where = f"{label_file}:{number}"
-            unknown = sorted(set(label) - known)
-            if unknown:
-                return f"{where}: {' '.join(map(repr, unknown))} in {label!r} not in the alphabet"
-            try:
-                pixels = preprocess(read_image(folder / path))
-            except ImageError as error:
-                return f"{where}: {folder / path} {error}"
-            columns = pixels.shape[2] // COLUMN
-            if columns_needed(label) > columns:
-                return (
-                    f"{where}: {label!r} needs {columns_needed(label)} columns of {COLUMN} pixels, "
-                    f"{folder / path} has {columns} at height {preprocess.height}"
-                )
-            return pixels, label
-
-        # Pillow decodes outside the interpreter's lock, so threads help.
-        with ThreadPoolExecutor() as pool:
-            name = Path(label_file).name
-            items = list(tqdm(pool.map(load, lines), name, len(lines), leave=False, unit="img"))
-        problems = [item for item in items if isinstance(item, str)]
-        if problems:
-            raise ValueError("\n".join(problems))
-        self.items = items
+    def _load(self, sample):
+        """The pixels of a sample, or a ValueError."""
+        try:
+            return self.preprocess(read_image(sample.path))
+        except ImageError as error:
+            return ValueError(sample.problem(error))
 
     def __len__(self):
-        return len(self.items)
+        return len(self.samples)
 
     def __getitem__(self, index):
-        return self.items[index]
+        sample = self.samples[index]
+        pixels = self.arrays[index] if self.arrays else self._load(sample)
+        if isinstance(pixels, ValueError):
+            raise pixels
+        return pixels, sample.label
 
 
 def find_chinese_font():
@@ -259,8 +644,12 @@ def find_chinese_font():
 def contact_sheet(images, captions, columns=8, colours=None):
     """Draw `PIL.Image`s in a grid, each with its caption below. Returns an RGB image.
 
-    The captions are black, or each in its own of ``colours``.
+    The captions are black, or each in its own of ``colours``. Images larger than
+    SHEET_IMAGE are shown smaller.
     """
+    images = [image.copy() for image in images]
+    for image in images:
+        image.thumbnail(SHEET_IMAGE)
     font = ImageFont.load_default(14)
     chinese = find_chinese_font()
     if chinese and not all(caption.isascii() for caption in captions):
@@ -278,3 +667,70 @@ def contact_sheet(images, captions, columns=8, colours=None):
         middle = x + image.width / 2, y + image.height + 9
         draw.text(middle, caption, font=font, fill=colour, anchor="mm")
     return sheet
+
+
+def add_data_flags(add):
+    """Add the flags that say how a data set is read to a parser's ``add_argument``."""
+    add(
+        "--alphabet",
+        help="an alphabet's name or a UTF-8 text file (default: the task's, else the labels')",
+    )
+    add("--ignore-case", action="store_true", help="make all labels lower case")
+    add(
+        "--label-separator",
+        metavar="TEXT",
+        help="where file names are labels: what ends the label, '' for nothing (default: found)",
+    )
+    add(
+        "--val-fraction",
+        type=float,
+        default=0.1,
+        metavar="F",
+        help="share of the images that becomes the test set where none is given (default: "
+        "%(default)s)",
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Check a data set before training on it.")
+    add = parser.add_argument
+    add("data", type=Path, metavar="DATA", help="folder or label file")
+    add_data_flags(add)
+    add("--seed", type=int, default=0, help="of the choice of test images (default: %(default)s)")
+    add(
+        "--sheet",
+        type=Path,
+        metavar="OUT.png",
+        help="where to save a picture of random images with their labels (default: "
+        "save_model/DATA.data.png)",
+    )
+    args = parser.parse_args()
+    sys.stdout.reconfigure(encoding="utf-8")  # whatever the console's own is
+    alphabet = load_alphabet(args.alphabet) if args.alphabet else None
+    checked = check(
+        args.data, alphabet, None, args.label_separator, args.val_fraction, args.seed,
+        args.ignore_case,
+    )  # fmt: skip
+    print("\n".join(checked.notes))
+    size = checked.preprocess
+    print(
+        f"to train on it, images are resized to height {size.height}, width {size.width or 'kept'}"
+    )
+    samples = checked.train + checked.test
+    if samples:
+        sheet = args.sheet or Path("save_model", f"{args.data.resolve().stem}.data.png")
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        save_picture(sheet, data_sheet(samples, args.seed))
+        print(f"{sheet} shows {min(48, len(samples))} of the images")
+    if checked.problems:
+        raise ValueError(problem_list(checked.problems))
+    print("no problems")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"dataset.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("dataset.py: interrupted")

@@ -13,7 +13,6 @@ that task's, else the shipped weights.
 """
 
 import argparse
-import io
 import json
 import os
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ctc_label_converter import Search
-from dataset import SUFFIXES, contact_sheet, read_image, read_label_file
+from dataset import SUFFIXES, contact_sheet, read_image, read_label_file, save_picture
 from infer_tool import ROOT, SHIPPED_WEIGHTS, RecInfer, latest_weights
 from keys import load_alphabet
 
@@ -176,17 +175,11 @@ def save_sheet(path, shown):
         "black" if label is None else "green" if label == reading.text else "red"
         for _, reading, label in shown
     ]
-    buffer = io.BytesIO()
     images = [read_image(image) for image, _, _ in shown]
-    contact_sheet(images, captions, colours=colours).save(buffer, "PNG")
-    scratch = path.with_name(f"{path.name}.unfinished")
     try:
-        scratch.write_bytes(buffer.getvalue())
-        os.replace(scratch, path)
+        save_picture(path, contact_sheet(images, captions, colours=colours))
     except OSError as error:
-        raise ValueError(f"--save {path}: cannot be written ({error.strerror})") from None
-    finally:
-        scratch.unlink(missing_ok=True)
+        raise ValueError(f"--save {error}") from None
 
 
 def main():

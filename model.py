@@ -10,6 +10,7 @@ and one Linear layer gives each column its logits, for CTC (Graves et al.,
 """
 
 import argparse
+import math
 import sys
 
 import torch
@@ -115,7 +116,7 @@ def count_parameters(module):
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def layer_table(model, img_height=32, img_width=128):
+def layer_table(model, img_height=32, img_width=128, batch_size=1):
     """Rows (name, layer, output shape without N, parameters) and sizes of a MicroNet.
 
     A row a layer, containers included, in the order the data passes them. Sizes
@@ -149,8 +150,8 @@ def layer_table(model, img_height=32, img_width=128):
     ]
     megabyte = 2**20 / 4  # numbers of 4 bytes
     sizes = {
-        "input": 3 * img_height * img_width / megabyte,
-        "activations": 2 * sum(torch.Size(shape).numel() for _, _, shape, _ in rows) / megabyte,
+        "input": batch_size * 3 * img_height * img_width / megabyte,
+        "activations": batch_size * 2 * sum(math.prod(shape) for _, _, shape, _ in rows) / megabyte,
         "parameters": count_parameters(model) / megabyte,
     }
     return rows, sizes | {"total": sum(sizes.values())}
@@ -166,15 +167,21 @@ def main():
         default=60,
         help="characters of the alphabet plus 1 for the blank (default: %(default)s)",
     )
+    parser.add_argument("--height", type=int, default=32, help="pixels (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=128, help="pixels (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=int, default=1, help="images for the sizes (default: %(default)s)"
+    )
     args = parser.parse_args()
-    model = MicroNet(args.nh, args.depth, args.nclass)
-    rows, sizes = layer_table(model)
+    model = MicroNet(args.nh, args.depth, args.nclass, args.height)
+    rows, sizes = layer_table(model, args.height, args.width, args.batch_size)
     print(f"{'layer':<32}{'output shape':>16}{'parameters':>14}")
     for name, layer, shape, parameters in rows:
         indent = "  " * name.removeprefix("blocks.").count(".")
         print(f"{indent + layer:<32}{list(shape)!s:>16}{parameters:>14,}")
     print(f"{'total, all trainable':<48}{count_parameters(model):>14,}")
-    print("MB of 2^20 bytes for one 3 x 32 x 128 image:")
+    shape = f"{args.batch_size} x 3 x {args.height} x {args.width}"
+    print(f"MB of 2^20 bytes for a training step on {shape}:")
     for name, megabytes in sizes.items():
         print(f"{name:<48}{megabytes:>14.2f}")
 

@@ -2,40 +2,60 @@
 
     python train.py                                  # data/simple, drawn if it is not there
     python train.py --task complex                   # or chinese
-    python train.py --data my_images --alphabet my_keys.txt --nh 64
+    python train.py --data my_images                 # your own, see README.md
+    python train.py --data my_images --resume        # go on after a kill
+    python train.py --data my_images --weights W.pth --fine-tune
     python train.py --evaluate --weights save_model/simple_nh16_depth2.pth
+    torchrun --nproc-per-node=2 train.py             # two processes, each with its GPU
 
-Writes to save_model/: TASK_nhNH_depthDEPTH.pth, the checkpoint of the best epoch,
-and a .csv with a line an epoch. The files of an earlier run get a number.
+Writes to save_model/, with NAME = TASK_nhNH_depthDEPTH or FOLDER_nhNH_depthDEPTH:
+
+    NAME.pth             the checkpoint of the best epoch
+    NAME.csv, NAME.png   a line an epoch, and its curves where matplotlib is installed
+    NAME.mistakes.png    what the best epoch misreads
+    NAME.data.png        some of the training images with their labels
+    NAME.resume          all that --resume needs, after each epoch
+
+The files of an earlier run get a number.
 """
 
 import argparse
 import io
 import math
 import os
+import signal
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+import zlib
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import gen_image
-from collatefn import Collate
+from collatefn import AUGMENTATIONS, Collate, EpochOrder, OnDevice
 from ctc_label_converter import CTCLabelConverter
 from dataset import (
     COLUMN,
+    SPLITS,
     Preprocess,
     TextImageDataset,
+    add_data_flags,
+    check,
     contact_sheet,
+    data_sheet,
+    problem_list,
     read_image,
-    read_label_file,
+    save_picture,
+    write_atomically,
 )
 from infer_tool import SAVE_FOLDER, latest_weights, load_checkpoint
 from keys import load_alphabet
@@ -49,21 +69,21 @@ from metric import (
 )
 from model import MicroNet
 
-# width: pixels that images are resized to, None keeps their ratio. power: of the
-# cosine that the learning rate follows. averaging: see AveragedModel below. flat: steps
-# over which a flat start gives way to CTC, see loss.py.
+# height, width: pixels that images are resized to, None keeps their ratio. power: of the
+# cosine that the learning rates follow. averaging: see AveragedModel below. flat: steps
+# over which a flat start gives way to CTC, see loss.py. muon: rate of Muon, 0 for AdamW alone.
 TASKS = {
     "simple": {
-        "nh": 16, "depth": 2, "width": None, "epochs": 35, "lr": 0.04, "power": 4,
-        "averaging": 0.98, "flat": 0,
+        "height": 32, "width": None, "nh": 16, "depth": 2, "epochs": 35, "lr": 0.04, "power": 4,
+        "averaging": 0.98, "flat": 0, "muon": 0, "augment": "shift",
     },
     "complex": {
-        "nh": 128, "depth": 6, "width": 128, "epochs": 6, "lr": 0.01, "power": 1,
-        "averaging": 0.995, "flat": 0,
+        "height": 60, "width": 160, "nh": 128, "depth": 6, "epochs": 3, "lr": 0.01, "power": 1,
+        "averaging": 0.995, "flat": 0, "muon": 0.02, "augment": "shift",
     },
     "chinese": {
-        "nh": 64, "depth": 4, "width": None, "epochs": 3, "lr": 0.01, "power": 1,
-        "averaging": 0.995, "flat": 250,
+        "height": 32, "width": None, "nh": 64, "depth": 4, "epochs": 3, "lr": 0.01, "power": 1,
+        "averaging": 0.995, "flat": 250, "muon": 0, "augment": "shift",
     },
 }  # fmt: skip
 WARM_UP = 80  # steps
@@ -78,7 +98,8 @@ CLIP = 5.0  # largest norm of the gradient
 SAMPLED = 256
 # Below 1 only a little: a network that read every test image right would ask for 0.
 TEMPERATURES = tuple(round(0.7 * 1.1**i, 3) for i in range(15))
-SHIFT_X, SHIFT_Y = 2, 1  # pixels that a training batch is moved by, at most
+MAX_SKIPPED = 20  # steps in a row without a finite gradient, then the training ends
+COLUMNS = ("epoch", "train_loss", "test_loss", "word_accuracy", "cer", "lr", "seconds")
 
 
 def supported_by(capability, built_for):
@@ -149,13 +170,40 @@ def pick_device(name):
     return device
 
 
-def random_shift(images):
-    """Move a batch by some whole pixels, its edges repeated. (N, 3, H, W) -> same."""
-    x = torch.randint(2 * SHIFT_X + 1, ()).item()
-    y = torch.randint(2 * SHIFT_Y + 1, ()).item()
-    height, width = images.shape[2:]
-    padded = F.pad(images, (SHIFT_X, SHIFT_X, SHIFT_Y, SHIFT_Y), mode="replicate")
-    return padded[:, :, y : y + height, x : x + width]
+class Muon(torch.optim.Optimizer):
+    """Momentum whose steps are orthogonal matrices, for weights that mix channels.
+
+    Keller Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024,
+    https://kellerjordan.github.io/posts/muon/. PyTorch has one of its own from 2.9 on.
+    """
+
+    MOMENTUM = 0.95
+    # Of the polynomial that drives all singular values of a matrix near to 1.
+    A, B, C = 3.4445, -4.7750, 2.0315
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for weight in group["params"]:
+                state = self.state[weight]
+                if not state:
+                    state["momentum"] = torch.zeros_like(weight)
+                momentum = state["momentum"].mul_(self.MOMENTUM).add_(weight.grad)
+                x = (weight.grad + self.MOMENTUM * momentum).flatten(1)
+                rows, columns = x.shape
+                if rows > columns:
+                    x = x.T
+                x = x / (x.norm() + 1e-7)
+                for _ in range(5):
+                    square = x @ x.T
+                    x = self.A * x + (self.B * square + self.C * square @ square) @ x
+                if rows > columns:
+                    x = x.T
+                scale = max(1, rows / columns) ** 0.5
+                weight.add_(x.reshape(weight.shape), alpha=-group["lr"] * scale)
 
 
 def learning_rate(step, steps, peak, power):
@@ -190,9 +238,43 @@ def sample_classes(targets, nclass):
     return classes, places + 1, correction
 
 
+def processes():
+    """(rank, number) of the processes that train together."""
+    if distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def gather(value):
+    """The list of what each process passes here."""
+    values = [value]
+    if distributed.is_initialized():
+        values *= processes()[1]
+        distributed.all_gather_object(values, value)
+    return values
+
+
+def from_first(function):
+    """What the first process gets from ``function()``, in all; where it fails, all end."""
+    if not distributed.is_initialized():
+        return function()
+    result = [None, False]
+    try:
+        if processes()[0] == 0:
+            result = [function(), True]
+    finally:
+        distributed.broadcast_object_list(result)
+    if not result[1]:
+        sys.exit(1)  # the first process says why
+    return result[0]
+
+
 @torch.inference_mode()
 def evaluate(model, batches, converter, preprocess, device):
-    """Read all batches. Returns (loss in nats an image, their `Reading`s)."""
+    """Read all batches, which the processes share. Returns (loss in nats an image, `Reading`s).
+
+    The readings are in the order of the data set.
+    """
     model.eval()
     criterion = CTCLoss()
     readings, total_loss = [], 0.0
@@ -203,7 +285,10 @@ def evaluate(model, batches, converter, preprocess, device):
         loss = criterion(logits, batch.targets, columns, batch.target_lengths)
         total_loss += loss.item() * len(batch.labels)
         readings += converter.decode(logits.cpu().numpy(), columns.numpy())
-    return total_loss / len(readings), readings
+    indices = [index for batch in batches.batch_sampler for index in batch]
+    parts = gather((total_loss, dict(zip(indices, readings, strict=True))))
+    found = {index: reading for _, part in parts for index, reading in part.items()}
+    return sum(loss for loss, _ in parts) / len(found), [found[i] for i in range(len(found))]
 
 
 @torch.inference_mode()
@@ -227,14 +312,11 @@ def fit_temperature(model, batches, converter, preprocess, device):
     return min(loss, key=loss.get)
 
 
-def write_atomically(path, content):
-    """Write bytes so that ``path`` is either as before or complete."""
-    scratch = path.with_name(f"{path.name}.unfinished")
-    try:
-        scratch.write_bytes(content)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+def save_tensors(path, content):
+    """Write what `torch.load` reads, so that ``path`` is either as before or complete."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getvalue())
 
 
 def save_checkpoint(path, model, converter, preprocess, half):
@@ -244,25 +326,39 @@ def save_checkpoint(path, model, converter, preprocess, half):
         name: tensor.cpu().to(kind) if tensor.is_floating_point() else tensor.cpu()
         for name, tensor in model.state_dict().items()
     }
-    buffer = io.BytesIO()
-    torch.save(
-        {
-            "nh": model.nh,
-            "depth": model.depth,
-            "alphabet": converter.alphabet,
-            "temperature": converter.temperature,
-            "preprocess": asdict(preprocess),
-            "state_dict": state,
-        },
-        buffer,
-    )
-    write_atomically(path, buffer.getvalue())
+    content = {
+        "nh": model.nh,
+        "depth": model.depth,
+        "alphabet": converter.alphabet,
+        "temperature": converter.temperature,
+        "preprocess": asdict(preprocess),
+        "state_dict": state,
+    }
+    save_tensors(path, content)
 
 
-def save_table(path, rows):
-    """Save rows of values as CSV, UTF-8."""
-    text = "".join(",".join(map(str, row)) + "\n" for row in rows)
-    write_atomically(path, text.encode("utf-8"))
+def load_state(path, settings):
+    """Load what `train` saved after an epoch of a training with the same ``settings``.
+
+    Returns None where there is no such file. Raises ValueError for any other file.
+    """
+    if not path.exists():
+        print(f"{path} is not there, a new training begins")
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        before = state["settings"]
+        changed = [key for key in settings if before.get(key) != settings[key]]
+    except Exception as error:  # whatever a foreign file may lead to
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise ValueError(f"{path}: is no state of an unfinished training ({reason})") from None
+    if changed:
+        differences = ", ".join(f"{key} was {before.get(key)}" for key in changed)
+        raise ValueError(
+            f"{path}: is the state of a training with other settings or images ({differences}): "
+            "repeat its command with --resume, or leave out --resume to begin a new one"
+        )
+    return state
 
 
 def keep_previous(*paths):
@@ -275,18 +371,66 @@ def keep_previous(*paths):
             path.rename(path.with_suffix(f".{number}{path.suffix}"))
 
 
+def save_table(path, rows):
+    """Save rows of values as CSV, UTF-8."""
+    text = "".join(",".join(map(str, row)) + "\n" for row in [COLUMNS, *rows])
+    write_atomically(path, text.encode("utf-8"))
+
+
+def save_curves(path, rows):
+    """Draw the table's columns over the epochs. Returns False where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    columns = dict(zip(COLUMNS, zip(*rows, strict=True), strict=True))
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    shown = (
+        ("loss, nats an image", ("train_loss", "test_loss"), "log"),
+        ("word accuracy", ("word_accuracy",), "linear"),
+        ("character error rate", ("cer",), "linear"),
+        ("learning rate", ("lr",), "linear"),
+    )
+    for axes, (title, names, scale) in zip(figure.subplots(2, 2).flat, shown, strict=True):
+        for name in names:
+            values = [float(value) for value in columns[name]]
+            axes.plot(columns["epoch"], values, marker=".", label=name)
+        axes.set(title=title, xlabel="epoch", yscale=scale)
+        axes.grid(alpha=0.3)
+        if len(names) > 1:
+            axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_atomically(path, buffer.getvalue())
+    return True
+
+
+def tensorboard_writer(folder):
+    """A `SummaryWriter`. Raises ValueError where tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError(
+            "--tensorboard: needs a package that is missing: pip install tensorboard"
+        ) from None
+    return SummaryWriter(folder)
+
+
 def parse_args():
     """Parse the command line. Raises ValueError for settings that cannot be used."""
     parser = argparse.ArgumentParser(description="Train MicroNet, or evaluate its weights.")
     add = parser.add_argument
-    add("--task", choices=TASKS, default="simple", help="sets the defaults (default: %(default)s)")
+    default = partial(gen_image.defaults, tasks=TASKS)
+    add("--task", choices=TASKS, help="sets the defaults (default: simple, without --data)")
     add(
         "--data",
         type=Path,
-        metavar="DIR",
-        help="folder with train.txt and test.txt (default: data/TASK, drawn if it is not there)",
+        metavar="DATA",
+        help="folder or label file, see README.md; without --task the settings are chosen to fit "
+        "it (default: data/TASK, drawn if it is not there)",
     )
-    default = partial(gen_image.defaults, tasks=TASKS)
+    add_data_flags(add)
+    add("--skip-bad", action="store_true", help="train without the lines that cannot be used")
     add(
         "--train",
         type=gen_image.count,
@@ -295,8 +439,9 @@ def parse_args():
         "there yet is drawn with as many",
     )
     add(
-        "--alphabet",
-        help=f"an alphabet's name or a UTF-8 text file (default: {gen_image.defaults('alphabet')})",
+        "--height",
+        type=gen_image.count,
+        help=f"pixels that images are resized to (default: {default('height')})",
     )
     add(
         "--width",
@@ -313,32 +458,72 @@ def parse_args():
     )
     add(
         "--augment",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="move the training images by random pixels (default: %(default)s)",
+        choices=AUGMENTATIONS,
+        help=f"how training images are changed at random (default: {default('augment')})",
     )
     add("--half", action="store_true", help="save the weights in half precision")
-    add("--batch-size", type=gen_image.count, default=64, help="(default: %(default)s)")
+    add(
+        "--batch-size",
+        type=gen_image.count,
+        default=64,
+        help="images a step, over all processes (default: %(default)s)",
+    )
     add("--lr", type=float, help=f"peak learning rate (default: {default('lr')})")
+    add(
+        "--ema",
+        type=float,
+        metavar="DECAY",
+        help="of the weights' exponential average a step, which is evaluated and saved, 0 for none "
+        f"(default: {default('averaging')})",
+    )
+    add(
+        "--patience",
+        type=gen_image.count,
+        metavar="N",
+        help="end after N epochs that were no better (default: never)",
+    )
+    add("--stop-at", type=float, metavar="ACC", help="end at this word accuracy (default: never)")
     add("--seed", type=int, default=0, help="same seed, same weights (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
+    add("--amp", action="store_true", help="compute in bfloat16, or float16 on older GPUs")
+    add("--compile", action="store_true", help="compile the network with torch.compile")
+    add(
+        "--memory",
+        type=float,
+        metavar="GB",
+        help="for decoded images; a larger set is read again each epoch (default: half of the "
+        "machine's)",
+    )
     add(
         "--out",
         type=Path,
         default=SAVE_FOLDER,
         metavar="DIR",
-        help="folder for the checkpoint and the table (default: %(default)s)",
+        help="folder for what is written (default: %(default)s)",
     )
     add(
         "--weights",
         type=Path,
         help="checkpoint to start from; with --evaluate, to evaluate (default: the last written)",
     )
-    add("--evaluate", action="store_true", help="only evaluate the weights on the test list")
+    add(
+        "--fine-tune",
+        action="store_true",
+        help="start from --weights with the alphabet of the data; what the last layer knows of "
+        "common characters is kept",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on after the last completed epoch of the same command, if there is one",
+    )
+    add("--tensorboard", action="store_true", help="also write the curves for TensorBoard")
+    add("--evaluate", action="store_true", help="only evaluate the weights on the test images")
     add(
         "--calibrate",
         action="store_true",
-        help="only fit the weights' temperature, on which the confidences depend, to the test list",
+        help="only fit the weights' temperature, on which the confidences depend, to the test "
+        "images",
     )
     add(
         "--mistakes",
@@ -347,25 +532,32 @@ def parse_args():
         help="with --evaluate: save a picture of images that were misread",
     )
     args = parser.parse_args()
-    task = TASKS[args.task]
-    if args.lr is None:
-        args.lr = task["lr"]
-    if not 0 < args.lr < math.inf:
+    if args.lr is not None and not 0 < args.lr < math.inf:
         raise ValueError(f"--lr {args.lr}: must be greater than 0")
-    if args.width and args.width % COLUMN:
-        raise ValueError(f"--width {args.width}: must be a multiple of {COLUMN}")
-    for flag in ("alphabet", "width", "nh", "depth"):
+    if args.ema is not None and not 0 <= args.ema < 1:
+        raise ValueError(f"--ema {args.ema}: must be at least 0 and less than 1")
+    if not 0 < args.val_fraction < 1:
+        raise ValueError(f"--val-fraction {args.val_fraction}: must be between 0 and 1")
+    if args.stop_at is not None and not 0 < args.stop_at <= 1:
+        raise ValueError(f"--stop-at {args.stop_at}: is a word accuracy, from 0 to 1")
+    for flag in ("width", "height"):
+        if (getattr(args, flag) or 0) % COLUMN:
+            raise ValueError(f"--{flag} {getattr(args, flag)}: must be a multiple of {COLUMN}")
+    if args.fine_tune and not args.weights:
+        raise ValueError("--fine-tune: needs the --weights to start from")
+    given = ["width", "height", "nh", "depth", *([] if args.fine_tune else ["alphabet"])]
+    for flag in given:
         if (args.weights or args.evaluate or args.calibrate) and getattr(args, flag):
             raise ValueError(f"--{flag}: is given by the weights, leave it out")
     if args.mistakes and not args.evaluate:
         raise ValueError("--mistakes: is a part of --evaluate")
-    args.epochs = args.epochs or task["epochs"]
-    args.width = args.width or task["width"]
+    if args.data is None and args.task is None:
+        args.task = "simple"
     return args
 
 
 def find_data(args):
-    """Return the data folder; draw the task's data set if none is named and none there."""
+    """Return the data set's path; draw the task's if none is named and none there."""
     if args.data:
         return args.data
     folder = Path("data") / args.task
@@ -376,15 +568,60 @@ def find_data(args):
     return folder
 
 
-def make_network(args):
+def check_data(args, alphabet, preprocess, splits=SPLITS):
+    """`dataset.check` as the flags ask for. Raises ValueError for problems, without --skip-bad."""
+    checked = check(
+        find_data(args), alphabet, preprocess, args.label_separator, args.val_fraction, args.seed,
+        args.ignore_case, args.train, splits,
+    )  # fmt: skip
+    if checked.problems and not args.skip_bad:
+        raise ValueError(
+            f"{problem_list(checked.problems)}\nmend them, or train without them: --skip-bad"
+        )
+    for split in splits:
+        if not getattr(checked, split):
+            raise ValueError(f"{find_data(args)}: no {split} image is left that can be used")
+    return checked
+
+
+def own_settings(checked):
+    """The settings of a task, as in TASKS, for a data set of one's own.
+
+    More epochs for fewer images, but fewer steps in all; see "Your own images" in README.md.
+    """
+    images = len(checked.train)
+    return {
+        "nh": 64,
+        "depth": 4,
+        "epochs": min(400, max(3, round(4000 / math.sqrt(images)))),
+        "lr": 0.01,
+        "power": 1,
+        "averaging": 0.99,
+        "flat": 150,
+        "muon": 0.02,
+        "augment": "affine" if images < 20000 else "shift",
+    }
+
+
+def make_network(weights, fine_tune, alphabet, preprocess, nh, depth):
     """Return (model, converter, preprocess), of the weights to start from or new."""
-    if args.weights:
-        return load_checkpoint(args.weights)
-    task = TASKS[args.task]
-    alphabet = load_alphabet(args.alphabet or gen_image.TASKS[args.task]["alphabet"])
-    preprocess = Preprocess(width=args.width)
-    nh, depth = args.nh or task["nh"], args.depth or task["depth"]
-    model = MicroNet(nh, depth, len(alphabet) + 1, preprocess.height)
+    if not weights:
+        model = MicroNet(nh, depth, len(alphabet) + 1, preprocess.height)
+        return model, CTCLabelConverter(alphabet), preprocess
+    start, converter, preprocess = load_checkpoint(weights)
+    if not fine_tune:
+        return start, converter, preprocess
+    model = MicroNet(start.nh, start.depth, len(alphabet) + 1, preprocess.height)
+    state = start.state_dict()
+    known = {character: i for i, character in enumerate(converter.alphabet, 1)}
+    kept = [(i, known[c]) for i, c in enumerate(alphabet, 1) if c in known]
+    new_rows, old_rows = zip((0, 0), *kept, strict=True)  # the blank, and common characters
+    for name in ("linear.weight", "linear.bias"):
+        rows = model.state_dict()[name].clone()
+        rows[list(new_rows)] = state[name][list(old_rows)]
+        state[name] = rows
+    model.load_state_dict(state)
+    print(f"{len(kept)} of {len(alphabet)} characters are known to {weights}")
     return model, CTCLabelConverter(alphabet), preprocess
 
 
@@ -397,29 +634,47 @@ def check_writable(folder):
         raise ValueError(f"--out {folder}: cannot be written to ({error.strerror})") from None
 
 
+def in_order(samples, checked, preprocess, size, converter):
+    """A DataLoader over this process's share of samples, of similar width in each batch."""
+    rank, world = processes()
+    widths = [preprocess.width_of(*checked.sizes[sample.path]) for sample in samples]
+    order = sorted(range(len(samples)), key=widths.__getitem__)[rank::world]
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    return DataLoader(
+        TextImageDataset(samples, preprocess),
+        batch_sampler=batches,
+        collate_fn=Collate(converter),
+    )
+
+
+def load_test_set(args, weights):
+    """Returns (model, converter, preprocess, checked, batches) of weights and the test images."""
+    model, converter, preprocess = load_checkpoint(weights)
+    checked = check_data(args, converter.alphabet, preprocess, ["test"])
+    report_skipped(args, checked, args.out / f"{weights.stem}.skipped.txt")
+    batches = in_order(checked.test, checked, preprocess, args.batch_size, converter)
+    return model, converter, preprocess, checked, batches
+
+
+def report_skipped(args, checked, path):
+    """Say how many lines are left out, and write their list."""
+    if checked.problems:
+        check_writable(args.out)
+        write_atomically(path, ("\n".join(checked.problems) + "\n").encode("utf-8"))
+        print(f"left out {len(checked.problems)} lines that cannot be used, see {path}")
+
+
 def evaluate_weights(args, device):
-    """Print how well the weights read the test list."""
+    """Print how well the weights read the test images."""
     weights = args.weights or latest_weights(args.task)
     print(f"evaluating {weights}")
-    model, converter, preprocess = load_checkpoint(weights)
-    model.to(device)
-    label_file = find_data(args) / "test.txt"
-    test_set = TextImageDataset(label_file, converter.alphabet, preprocess)
-    labels = [label for _, label in test_set]
-    batches = DataLoader(test_set, args.batch_size, collate_fn=Collate(converter))
-    _, readings = evaluate(model, batches, converter, preprocess, device)
+    model, converter, preprocess, checked, batches = load_test_set(args, weights)
+    _, readings = evaluate(model.to(device), batches, converter, preprocess, device)
+    labels = [sample.label for sample in checked.test]
     texts = [reading.text for reading in readings]
-    pairs = confusions(texts, labels).most_common(10)
-    if pairs:
-        print(
-            "most confused: "
-            + ", ".join(
-                f"{right or 'nothing'} read as {read or 'nothing'} {times}x"
-                for (right, read), times in pairs
-            )
-        )
+    print_confusions(texts, labels)
     if args.mistakes:
-        save_mistakes(args.mistakes, label_file, texts, labels, pairs)
+        save_mistakes(args.mistakes, checked.test, readings)
     right = [text == label for text, label in zip(texts, labels, strict=True)]
     error = expected_calibration_error([reading.confidence for reading in readings], right)
     print(f"expected calibration error {error:.4f}, temperature {converter.temperature}")
@@ -429,25 +684,36 @@ def evaluate_weights(args, device):
         f"word accuracy {accuracy:.4f} (95 % interval {low:.4f} to {high:.4f}), "
         f"CER {character_error_rate(texts, labels):.4f}, {len(labels)} images"
     )
+    return 0
 
 
-def save_mistakes(path, label_file, texts, labels, pairs):
-    """Save a picture with misread images, those with the most frequent confusions first."""
-    rank = {pair: i for i, (pair, _) in enumerate(pairs)}
-    wrong = []
-    for (_, name, _), text, label in zip(read_label_file(label_file), texts, labels, strict=True):
-        if text != label:
-            place = min(rank.get(pair, len(rank)) for pair in confusions([text], [label]))
-            wrong.append((place, name, f"{label} read as {text}"))
+def print_confusions(texts, labels):
+    """Print the ten most frequent confusions, if there are any."""
+    pairs = confusions(texts, labels).most_common(10)
+    if pairs:
+        print(
+            "most confused: "
+            + ", ".join(
+                f"{right or 'nothing'} read as {read or 'nothing'} {times}x"
+                for (right, read), times in pairs
+            )
+        )
+
+
+def save_mistakes(path, samples, readings):
+    """Save a picture of the worst mistakes: misread images, the most confident first."""
+    wrong = [
+        (reading.confidence, sample.path, f"{sample.label} read as {reading.text}")
+        for sample, reading in zip(samples, readings, strict=True)
+        if reading.text != sample.label
+    ]
     if not wrong:
         print(f"nothing was misread, {path} is not written")
         return
-    wrong.sort()
+    wrong.sort(key=lambda entry: -entry[0])
     shown = wrong[:40]
-    images = [read_image(Path(label_file).parent / name) for _, name, _ in shown]
-    buffer = io.BytesIO()
-    contact_sheet(images, [caption for _, _, caption in shown]).save(buffer, "PNG")
-    write_atomically(path, buffer.getvalue())
+    captions = [f"{caption}  {confidence:.2f}" for confidence, _, caption in shown]
+    save_picture(path, contact_sheet([read_image(name) for _, name, _ in shown], captions, 5))
     print(f"{path} shows {len(shown)} of {len(wrong)} misread images")
 
 
@@ -463,138 +729,444 @@ def calibrate(checkpoint, batches, device):
 
 
 def calibrate_weights(args, device):
-    """Fit the temperature of given weights to the images of the test list."""
+    """Fit the temperature of given weights to the test images."""
     weights = args.weights or latest_weights(args.task)
-    _, converter, preprocess = load_checkpoint(weights)
-    test_set = TextImageDataset(find_data(args) / "test.txt", converter.alphabet, preprocess)
-    calibrate(weights, DataLoader(test_set, args.batch_size, collate_fn=Collate(converter)), device)
+    batches = load_test_set(args, weights)[-1]
+    calibrate(weights, batches, device)
     print(f"{weights}: the temperature is now {load_checkpoint(weights)[1].temperature}")
+    return 0
+
+
+def prepare(args):
+    """Look at the data and choose what the flags leave open. Prints both.
+
+    Returns:
+        (checked, preset): a `dataset.Checked`, and the settings as in TASKS.
+    """
+    weights = load_checkpoint(args.weights) if args.weights else None
+    alphabet, preprocess = None, None
+    if args.task:
+        alphabet = load_alphabet(args.alphabet or gen_image.TASKS[args.task]["alphabet"])
+        task = TASKS[args.task]
+        preprocess = Preprocess(args.height or task["height"], args.width or task["width"])
+    elif args.alphabet:
+        alphabet = load_alphabet(args.alphabet)
+    if weights:
+        alphabet = alphabet if args.fine_tune else weights[1].alphabet
+        preprocess = weights[2]
+    elif args.height or args.width:
+        preprocess = Preprocess(args.height or 32, args.width)
+    checked = check_data(args, alphabet, preprocess)
+    preset = dict(TASKS[args.task] if args.task else own_settings(checked))
+    preset.pop("height", None), preset.pop("width", None)  # those of checked.preprocess count
+    flags = {"averaging": "ema"}
+    for setting in preset:
+        given = getattr(args, flags.get(setting, setting), None)
+        preset[setting] = preset[setting] if given is None else given
+    if weights:
+        preset |= {"nh": weights[0].nh, "depth": weights[0].depth}
+    print("\n".join(checked.notes))
+    if not args.task:
+        size = checked.preprocess
+        print(f"images are resized to height {size.height}, width {size.width or 'kept'} "
+              "(--height, --width)")  # fmt: skip
+        print("network: nh {nh}, depth {depth} (--nh, --depth)".format(**preset))
+        print(
+            "training: {epochs} epochs (--epochs), {augment} augmentation (--augment)".format(
+                **preset
+            )
+        )
+    return checked, preset
+
+
+def machine_memory():
+    """Bytes of memory that this machine has, 8 GB where it does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return 8 * 2**30
+
+
+def training_batches(args, checked, preprocess, converter, device, order):
+    """The DataLoader of a training, whose batch_sampler is an `EpochOrder`.
+
+    The images are on the GPU where they fit into half of its free memory, else in memory
+    where they fit, else they are read by worker processes.
+    """
+    rank, world = processes()
+    widths = [preprocess.width_of(*checked.sizes[sample.path]) for sample in checked.train]
+    sampler = EpochOrder(widths, args.batch_size, order, rank, world)
+    size = 3 * preprocess.height * sum(widths)
+    room = args.memory * 2**30 if args.memory is not None else machine_memory() / 2
+    in_memory = size <= room / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    dataset = TextImageDataset(checked.train, preprocess, in_memory)
+    if device.type == "cuda" and in_memory:
+        padded = 3 * preprocess.height * max(widths) * len(widths)
+        if padded <= torch.cuda.mem_get_info(device)[0] / 2:
+            resident = OnDevice(dataset, converter, device)
+            return DataLoader(
+                resident, batch_sampler=sampler, collate_fn=resident.unchanged, generator=order
+            )
+    if not in_memory:
+        print(f"{size / 2**30:.1f} GB of images do not fit into memory, they are read each epoch")
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=Collate(converter),
+        generator=order,
+        num_workers=0 if in_memory else min(8, os.cpu_count() or 1),
+        persistent_workers=not in_memory,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def make_optimizers(model, lr, muon):
+    """AdamW, and for the convolutions that mix channels `Muon`, where ``muon`` is its rate."""
+    mixing = [model.patches.conv.weight, *(block.pointwise.conv.weight for block in model.blocks)]
+    mixing = mixing if muon else []
+    rest = [p for p in model.parameters() if all(p is not own for own in mixing)]
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for p in rest if p.ndim > 1], "weight_decay": 0.01},
+            {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        lr=lr,
+        betas=(0.9, 0.99),
+        fused=next(model.parameters()).device.type != "mps",
+    )
+    return [adamw, Muon(mixing, muon)] if muon else [adamw]
+
+
+@dataclass
+class Run:
+    """What a training consists of. `train` puts it together, `train_epoch` uses it.
+
+    batches: its `DataLoader`, with an `EpochOrder`. forward: the model, as it is, compiled or
+    distributed. progress: what changes from step to step and is saved with the weights.
+    """
+
+    model: MicroNet
+    forward: torch.nn.Module
+    average: AveragedModel
+    optimizers: list
+    scaler: torch.amp.GradScaler
+    autocast: nullcontext
+    batches: DataLoader
+    converter: CTCLabelConverter
+    preprocess: Preprocess
+    preset: dict
+    progress: dict
+    device: torch.device
+
+    def parts(self):
+        """{name: what has a state that --resume needs}."""
+        parts = {"model": self.model, "average": self.average, "scaler": self.scaler}
+        return parts | {type(optimizer).__name__: optimizer for optimizer in self.optimizers}
+
+
+def take_step(model, optimizers, scaler, loss):
+    """One step down the gradient of ``loss``. Returns False, and changes nothing, if not finite."""
+    model.zero_grad()
+    scaler.scale(loss).backward()
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    finite = math.isfinite(norm)  # of all processes: their gradients are one by now
+    if finite:
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+    scaler.update()
+    return finite
+
+
+def precision(args, device):
+    """(context for the forward pass, `GradScaler`) of --amp, or of float32."""
+    if not args.amp:
+        return nullcontext(), torch.amp.GradScaler(device.type, enabled=False)
+    bfloat16 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    kind = torch.bfloat16 if bfloat16 else torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=kind == torch.float16)
+    return torch.autocast(device.type, kind), scaler
+
+
+def reason_to_stop(args, progress):
+    """Why a training ends before its last epoch, None where it does not."""
+    if progress["best"] is None:
+        return None
+    accuracy, waited = progress["best"][0], progress["epoch"] - progress["best_epoch"]
+    if args.stop_at and accuracy >= args.stop_at:
+        return f"stopped: the word accuracy is {accuracy:.4f} (--stop-at)"
+    if args.patience and waited >= args.patience:
+        return f"stopped: no better for {waited} epochs (--patience)"
+    return None
+
+
+def loss_of(run, batch, criterion):
+    """The mean loss of a batch's images."""
+    images = run.preprocess.normalise(batch.images.to(run.device, non_blocking=True))
+    images = AUGMENTATIONS[run.preset["augment"]](images)
+    targets = batch.targets
+    with run.autocast:
+        if run.converter.nclass > 4 * SAMPLED:
+            classes, targets, correction = sample_classes(targets, run.converter.nclass)
+            logits = run.forward(images, batch.widths, classes.to(run.device))
+            logits = logits + correction.to(run.device)
+        else:
+            logits = run.forward(images, batch.widths)
+    return criterion(logits.float(), targets, batch.widths // COLUMN, batch.target_lengths)
+
+
+def train_epoch(run, bar):
+    """Train on each image once. Returns (mean loss, last learning rate).
+
+    Raises ValueError where the gradients stay without finite values.
+    """
+    run.model.train()
+    preset, progress, criterion = run.preset, run.progress, CTCLoss()
+    steps = preset["epochs"] * len(run.batches)
+    total_loss, images, in_a_row = torch.zeros((), device=run.device), 0, 0
+    for batch in run.batches:
+        step = progress["step"]
+        lr = learning_rate(step, steps, preset["lr"], preset["power"])
+        for optimizer in run.optimizers:
+            own = isinstance(optimizer, Muon)
+            rate = learning_rate(step, steps, preset["muon"], preset["power"]) if own else lr
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        if preset["flat"]:
+            criterion.flat = max(0.0, 1 - step / preset["flat"])
+        else:
+            criterion.smoothing = SMOOTHING * max(0.0, 1 - step / SMOOTHING_STEPS)
+
+        kept = [buffer.clone() for buffer in run.model.buffers()]
+        loss = loss_of(run, batch, criterion)
+        # The processes' gradients are averaged, their shares of a batch may differ by an image.
+        whole = run.batches.batch_sampler.totals[step % len(run.batches)]
+        share = len(batch.labels) * processes()[1] / whole
+        if take_step(run.model, run.optimizers, run.scaler, loss * share):
+            run.average.update_parameters(run.model)
+            total_loss += loss.detach() * len(batch.labels)
+            images += len(batch.labels)
+            in_a_row = 0
+        else:  # batch normalisation has seen the numbers before the step was refused
+            for buffer, value in zip(run.model.buffers(), kept, strict=True):
+                buffer.copy_(value)
+            progress["skipped"] += 1
+            in_a_row += 1
+            if in_a_row == MAX_SKIPPED:
+                raise ValueError(
+                    f"the loss or its gradient was not finite in {MAX_SKIPPED} steps in a row, up "
+                    f"to step {step} in epoch {progress['epoch'] + 1}, at learning rate {lr:.3g}: "
+                    "choose a lower --lr, and leave out --amp"
+                )
+        progress["step"] += 1
+        if step % 20 == 19:  # reading a loss waits for the GPU
+            accuracy = progress["rows"][-1][3] if progress["rows"] else "-"
+            bar.set_postfix(loss=f"{loss.item():.3f}", word_accuracy=accuracy)
+        bar.update()
+    shares = gather((total_loss.item(), images))
+    return sum(loss for loss, _ in shares) / max(1, sum(n for _, n in shares)), lr
 
 
 def train(args, device):
     """Train, save the best epoch, and say where it is. Returns the exit status."""
-    check_writable(args.out)
-    task = TASKS[args.task]
+    rank, world = processes()
+    checked, preset = from_first(lambda: prepare(args))
     torch.manual_seed(args.seed)
-    model, converter, preprocess = make_network(args)
+    model, converter, preprocess = make_network(
+        args.weights, args.fine_tune, checked.alphabet, checked.preprocess, preset["nh"],
+        preset["depth"],
+    )  # fmt: skip
     model.to(device)
+    source = args.data.resolve() if args.data else None
+    stem = args.task or (source.parent.name if source.is_file() else source.name)
+    name = f"{stem}_nh{model.nh}_depth{model.depth}"
+    checkpoint, table, curves, mistakes, state_file = files = [
+        args.out / f"{name}{suffix}"
+        for suffix in (".pth", ".csv", ".png", ".mistakes.png", ".resume")
+    ]
+    writer = None
+    if rank == 0:
+        check_writable(args.out)
+        report_skipped(args, checked, args.out / f"{name}.skipped.txt")
+        save_picture(args.out / f"{name}.data.png", data_sheet(checked.train, args.seed))
+        if args.tensorboard:
+            writer = tensorboard_writer(args.out / f"{name}.tensorboard")
 
-    # Image files to uint8 in memory, then to batches.
-    data = find_data(args)
-    train_set = TextImageDataset(data / "train.txt", converter.alphabet, preprocess, args.train)
-    test_set = TextImageDataset(data / "test.txt", converter.alphabet, preprocess)
-    loader = partial(
-        DataLoader,
-        batch_size=args.batch_size,
-        collate_fn=Collate(converter),
-        pin_memory=device.type == "cuda",
-    )
     order = torch.Generator().manual_seed(args.seed)
-    train_batches = loader(train_set, shuffle=True, generator=order)
-    test_batches = loader(test_set)
-    test_labels = [label for _, label in test_set]
-
-    criterion = CTCLoss()
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.01},
-            {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
-        ],
-        betas=(0.9, 0.99),
-        fused=device.type != "mps",
-    )
+    train_batches = training_batches(args, checked, preprocess, converter, device, order)
+    test_batches = in_order(checked.test, checked, preprocess, args.batch_size, converter)
+    labels = [sample.label for sample in checked.test]
+    forward = model
+    if world > 1:
+        forward = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+        torch.manual_seed(args.seed + rank)  # each augments in its own way
     # Exponential moving average, batch norm statistics included: at a high learning
     # rate it reads far better than the weights of any one step.
     average = AveragedModel(
-        model, multi_avg_fn=get_ema_multi_avg_fn(task["averaging"]), use_buffers=True
+        model, multi_avg_fn=get_ema_multi_avg_fn(preset["averaging"]), use_buffers=True
     )
+    autocast, scaler = precision(args, device)
+    progress = {
+        "epoch": 0, "step": 0, "seconds": 0.0, "skipped": 0, "rows": [], "best": None,
+        "best_epoch": 0,
+    }  # fmt: skip
+    run = Run(
+        model, torch.compile(forward) if args.compile else forward, average,
+        make_optimizers(model, preset["lr"], preset["muon"]), scaler, autocast, train_batches,
+        converter, preprocess, preset, progress, device,
+    )  # fmt: skip
 
-    name = f"{args.task}_nh{model.nh}_depth{model.depth}"
-    checkpoint, table = args.out / f"{name}.pth", args.out / f"{name}.csv"
-    rows = [("epoch", "train_loss", "test_loss", "word_accuracy", "cer", "lr", "seconds")]
-    best, best_epoch, accuracy = None, 0, float("nan")
-    step, steps = 0, args.epochs * len(train_batches)
-    print(f"{len(train_set)} training and {len(test_set)} test images, {name} on {device}")
-    bar = tqdm(total=steps, desc="training", unit="step")
-    began = time.perf_counter()
+    listed = "".join(f"{s.path.name}\t{s.label}\n" for s in [*checked.train, *checked.test])
+    settings = {
+        **preset, "seed": args.seed, "batch_size": args.batch_size, "amp": args.amp,
+        "half": args.half, "alphabet": converter.alphabet, "preprocess": asdict(preprocess),
+        "images": zlib.crc32(listed.encode("utf-8")),
+    }  # fmt: skip
+    if args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        state = from_first(lambda: load_state(state_file, settings))
+        if state:
+            for part_name, part in run.parts().items():
+                part.load_state_dict(state[part_name])
+            run.progress = progress = state["progress"]
+            order.set_state(progress["order"])
+            if len(progress["random_states"]) == world:
+                torch.set_rng_state(progress["random_states"][rank])
+    if rank == 0:
+        print(
+            f"{len(checked.train)} training and {len(labels)} test images, {name} on {device}"
+            + (f", {world} processes" if world > 1 else "")
+            + (f", resumed after epoch {progress['epoch']}" if progress["epoch"] else "")
+        )
+
+    epochs, ended, drawn = preset["epochs"], None, True
+    bar = tqdm(
+        total=epochs * len(train_batches), initial=progress["step"], desc="training", unit="step",
+        disable=rank > 0,
+    )  # fmt: skip
+    began = time.perf_counter() - progress["seconds"]
     try:
-        for epoch in range(1, args.epochs + 1):
-            model.train()
-            train_loss = torch.zeros((), device=device)
-            for batch in train_batches:
-                lr = learning_rate(step, steps, args.lr, task["power"])
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                if task["flat"]:
-                    criterion.flat = max(0.0, 1 - step / task["flat"])
-                else:
-                    criterion.smoothing = SMOOTHING * max(0.0, 1 - step / SMOOTHING_STEPS)
-
-                images = preprocess.normalise(batch.images.to(device))
-                if args.augment:
-                    images = random_shift(images)
-                targets, columns = batch.targets, batch.widths // COLUMN
-                if converter.nclass > 4 * SAMPLED:
-                    classes, targets, correction = sample_classes(targets, converter.nclass)
-                    logits = model(images, batch.widths, classes.to(device))
-                    logits = logits + correction.to(device)
-                else:
-                    logits = model(images, batch.widths)
-                loss = criterion(logits, targets, columns, batch.target_lengths)
-
-                optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-                optimizer.step()
-                average.update_parameters(model)
-
-                train_loss += loss.detach() * len(batch.labels)
-                step += 1
-                if step % 20 == 0:  # reading a loss waits for the GPU
-                    bar.set_postfix(loss=f"{loss.item():.3f}", word_accuracy=f"{accuracy:.3f}")
-                bar.update()
-
-            train_loss = train_loss.item() / len(train_set)
+        while progress["epoch"] < epochs and not ended:
+            train_loss, lr = train_epoch(run, bar)
+            if world > 1:  # each process has seen other images
+                for buffer in average.buffers():
+                    distributed.broadcast(buffer, 0)
             test_loss, readings = evaluate(
                 average.module, test_batches, converter, preprocess, device
             )
             texts = [reading.text for reading in readings]
-            accuracy = word_accuracy(texts, test_labels)
-            cer = character_error_rate(texts, test_labels)
-            seconds = time.perf_counter() - began
-            if epoch == 1:
-                keep_previous(checkpoint, table)
-            if best is None or (accuracy, -test_loss) > best:
-                best, best_epoch = (accuracy, -test_loss), epoch
-                save_checkpoint(checkpoint, average.module, converter, preprocess, args.half)
+            accuracy = word_accuracy(texts, labels)
+            cer = character_error_rate(texts, labels)
+            epoch, seconds = progress["epoch"] + 1, time.perf_counter() - began
             values = f"{train_loss:.4f} {test_loss:.4f} {accuracy:.4f} {cer:.4f} {lr:.6f}"
-            rows.append((epoch, *values.split(), f"{seconds:.2f}"))
-            save_table(table, rows)
-            bar.write(
-                f"epoch {epoch:3d}/{args.epochs}  train loss {train_loss:7.4f}  test loss "
-                f"{test_loss:7.4f}  word accuracy {accuracy:.4f}  CER {cer:.4f}  {seconds:6.1f} s"
-            )
+            row = [epoch, *values.split(), f"{seconds:.2f}"]
+            progress["epoch"], progress["seconds"] = epoch, seconds
+            progress["rows"].append(row)
+            progress["order"] = order.get_state()
+            progress["random_states"] = gather(torch.get_rng_state())
+            better = progress["best"] is None or [accuracy, -test_loss] > progress["best"]
+            if better:
+                progress["best"], progress["best_epoch"] = [accuracy, -test_loss], epoch
+            if rank == 0:
+                if epoch == 1:
+                    keep_previous(*files)
+                # The state last: with an older one the epoch is repeated, and ends the same.
+                if better:
+                    save_checkpoint(checkpoint, average.module, converter, preprocess, args.half)
+                save_table(table, progress["rows"])
+                drawn = save_curves(curves, progress["rows"])
+                state = {part_name: part.state_dict() for part_name, part in run.parts().items()}
+                save_tensors(state_file, {"settings": settings, "progress": progress, **state})
+                if writer:
+                    for column, value in zip(COLUMNS[1:], row[1:], strict=True):
+                        writer.add_scalar(column, float(value), epoch)
+                bar.write(
+                    f"epoch {epoch:3d}/{epochs}  train loss {train_loss:7.4f}  test loss "
+                    f"{test_loss:7.4f}  word accuracy {accuracy:.4f}  CER {cer:.4f}  "
+                    f"{seconds:6.1f} s"
+                )
+            ended = reason_to_stop(args, progress)
+        status = 0
     except KeyboardInterrupt:
-        bar.close()
-        print("interrupted", file=sys.stderr)
+        ended, status = "interrupted, --resume goes on", 130
     bar.close()
-    if best is None:
+    if world > 1:
+        distributed.destroy_process_group()
+    if rank > 0:
+        return status
+    if writer:
+        writer.close()
+    if ended:
+        print(ended, file=sys.stderr)
+    if progress["skipped"]:
+        print(f"skipped {progress['skipped']} steps whose gradient was not finite")
+    if progress["best"] is None:
         print("no epoch was completed, nothing was saved")
-    else:
-        calibrate(checkpoint, test_batches, device)
-        print(f"best word accuracy {best[0]:.4f} in epoch {best_epoch}: {checkpoint}")
-    return 0 if step == steps else 130
+        return status
+    if world > 1:  # now all of them
+        test_batches = in_order(checked.test, checked, preprocess, args.batch_size, converter)
+    calibrate(checkpoint, test_batches, device)
+    best, converter, _ = load_checkpoint(checkpoint)
+    _, readings = evaluate(best.to(device), test_batches, converter, preprocess, device)
+    print_confusions([reading.text for reading in readings], labels)
+    save_mistakes(mistakes, checked.test, readings)
+    if not drawn:
+        print("for curves of the training: pip install matplotlib")
+    print(
+        f"best word accuracy {progress['best'][0]:.4f} in epoch {progress['best_epoch']}: "
+        f"{checkpoint}"
+    )
+    return status
+
+
+def start_processes(args):
+    """Join the processes that torchrun has started, if it has. Returns the device."""
+    device = pick_device(args.device)
+    if "WORLD_SIZE" not in os.environ:
+        return device
+    if device == torch.device("cuda"):
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    def stop(*_):
+        raise ConnectionError("told to stop")
+
+    signal.signal(signal.SIGTERM, stop)  # torchrun ends all where one has ended
+    return device
+
+
+def lost_process(error):
+    """End this process because it cannot reach another one, and say so."""
+    rank, world = processes()
+    reason = str(error).split("\n")[0]
+    print(
+        f"train.py: error: process {rank} of {world} ends, another one has died or cannot be "
+        f"reached ({reason}); the same command with --resume goes on after the last completed "
+        "epoch",
+        file=sys.stderr,
+    )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)  # leaving in good order would wait for the other one
 
 
 def main():
     args = parse_args()
     sys.stdout.reconfigure(encoding="utf-8")  # whatever the console's own is
-    device = pick_device(args.device)
+    device = start_processes(args)
     if args.evaluate:
         return evaluate_weights(args, device)
     if args.calibrate:
         return calibrate_weights(args, device)
-    return train(args, device)
+    try:
+        return train(args, device)
+    except torch.OutOfMemoryError:
+        raise ValueError(f"{device} has too little memory: try a smaller --batch-size") from None
+    except (RuntimeError, ConnectionError) as error:
+        if not distributed.is_initialized():
+            raise
+        lost_process(error)
 
 
 if __name__ == "__main__":

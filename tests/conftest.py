@@ -53,7 +53,7 @@ def trained(digits, tmp_path_factory):
     """A finished training on ``digits``: (folder it ran in, the process)."""
     folder = tmp_path_factory.mktemp("training")
     process = run_script(
-        "train.py", "--data", digits, "--alphabet", "digits", "--epochs", 12, "--batch-size", 32,
+        "train.py", "--data", digits, "--nh", 16, "--depth", 2, "--epochs", 12, "--batch-size", 32,
         "--device", "cpu", cwd=folder,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr

@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
+from conftest import assert_clear_error, run_script
 from PIL import Image
 
 from dataset import (
@@ -13,7 +14,10 @@ from dataset import (
     ImageError,
     Preprocess,
     TextImageDataset,
+    check,
     columns_needed,
+    find_separators,
+    fitting_preprocess,
     read_image,
     read_label_file,
 )
@@ -22,6 +26,12 @@ from dataset import (
 def png(image, **options):
     buffer = io.BytesIO()
     image.save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def jpeg(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG")
     return buffer.getvalue()
 
 
@@ -95,31 +105,77 @@ BAD_FILES = {
     "bomb.png": bomb(12000, 12000),
     "large_bomb.png": bomb(60000, 60000),
     "long.png": png(Image.new("RGB", (6000, 10))),
+    "page.png": b"<html><body>404 Not Found</body></html>",
+    "drawing.png": b'<svg xmlns="http://www.w3.org/2000/svg" width="64" height="32"/>',
+    "truncated.jpg": jpeg(Image.effect_noise((64, 32), 50))[:-200],
+    "header.gif": b"GIF89a" + bytes(2),
+    "header.bmp": b"BM" + bytes(60),
+    "zeros.png": bytes(2000),
+    "folder.png": "folder",
+    "elsewhere/nowhere.png": None,
 }
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # pytest resets ours
-def test_every_bad_file_is_named_with_its_line_all_at_once(tmp_path):
-    assert MAX_PIXELS < 12000 * 12000
-    (tmp_path / "good.png").write_bytes(png(picture()))
-    lines = ["good.png\t12"]
-    for name, content in BAD_FILES.items():
-        if content is not None:
-            (tmp_path / name).write_bytes(content)
-        lines.append(f"{name}\t12")
+def write_broken_set(folder):
+    """A label file of 1,000 lines; 29 cannot be used. Returns [(line, fragments of its error)]."""
+    noise = np.random.default_rng(0)
+    for i in range(990):
+        Image.fromarray(noise.integers(0, 256, (32, 64), np.uint8)).save(folder / f"{i}.png")
+    lines = [f"{i}.png\t{i % 100:02d}".encode() for i in range(973)]
+    broken = {}
+    for number, (name, content) in enumerate(BAD_FILES.items()):
+        if content == "folder":
+            (folder / name).mkdir()
+        elif content is not None:
+            (folder / name).write_bytes(content)
+        broken[50 * number + 7] = f"{name}\t12".encode(), [name]
     # 16 columns: 9 equal characters need 17, 16 different ones need 16.
-    lines += ["good.png\t111111111", "good.png\t1 2", "good.png\t1x2"]
-    (tmp_path / "train.txt").write_text("\n".join(lines), encoding="utf-8")
-    with pytest.raises(ValueError) as error:
-        TextImageDataset(tmp_path / "train.txt", "0123456789", Preprocess())
-    problems = str(error.value).splitlines()
-    assert len(problems) == len(BAD_FILES) + 3
-    for number, (name, problem) in enumerate(zip(BAD_FILES, problems, strict=False), 2):
-        assert f"train.txt:{number}: " in problem
-        assert name in problem
-    assert "needs 17 columns" in problems[-3]
-    assert "' '" in problems[-2]
-    assert "'x'" in problems[-1]
+    broken[3] = b"981.png\t111111111", ["needs 17 columns"]
+    broken[13] = b"982.png\t1 2", ["' '", "alphabet"]
+    broken[23] = b"983.png\t1x2", ["'x'", "alphabet"]
+    broken[33] = b"984.png 12", ["no tab"]
+    broken[43] = b"\t12", ["no image path"]
+    broken[53] = b"985.png\t", ["label is empty"]
+    broken[63] = b"986.png\t1\xff2", ["not UTF-8"]
+    broken[73] = b"987\0.png\t12", ["987"]
+    broken[993] = b"0.png\t99", ["'99' here and '00' in"]
+    for number, (line, _) in sorted(broken.items()):
+        lines.insert(number - 1, line)
+    (folder / "train.txt").write_bytes(b"\n".join(lines[:1000]))
+    (folder / "extra.png").write_bytes(png(picture().rotate(180)))
+    (folder / "test.txt").write_text("extra.png\t12\n5.png\t05\n", encoding="utf-8")
+    listed = [line.partition(b"\t")[0] for line in lines]
+    broken[listed.index(b"5.png") + 1] = b"", ["also a test image"]
+    return [(number, fragments) for number, (_, fragments) in sorted(broken.items())]
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # pytest resets ours
+def test_everything_broken_is_named_with_its_line_all_at_once(tmp_path):
+    assert MAX_PIXELS < 12000 * 12000
+    broken = write_broken_set(tmp_path)
+    checked = check(tmp_path, "0123456789", Preprocess())
+    problems = {int(problem.split("train.txt:")[1].split(":")[0]): problem
+                for problem in checked.problems}  # fmt: skip
+    assert len(problems) == len(checked.problems)
+    assert sorted(problems) == [number for number, _ in broken]
+    for number, fragments in broken:
+        assert all(fragment in problems[number] for fragment in fragments), problems[number]
+    assert len(broken) >= 20
+    assert len(checked.train) == 1000 - len(broken)
+
+    process = run_script("dataset.py", tmp_path, "--alphabet", "digits", cwd=tmp_path)
+    assert_clear_error(process, f"{len(broken)} problems", *problems.values())
+    process = run_script("train.py", "--data", tmp_path, "--alphabet", "digits", cwd=tmp_path)
+    assert_clear_error(process, "--skip-bad", *problems.values())
+    assert not list(tmp_path.glob("save_model/*.pth"))
+    process = run_script(
+        "train.py", "--data", tmp_path, "--alphabet", "digits", "--skip-bad", "--epochs", 1,
+        "--nh", 4, "--depth", 1, cwd=tmp_path,
+    )  # fmt: skip
+    assert f"left out {len(broken)} lines" in process.stdout, process.stderr
+    assert f"\n{1000 - len(broken)} training and 2 test images" in process.stdout
+    skipped = next(tmp_path.glob("save_model/*.skipped.txt")).read_text(encoding="utf-8")
+    assert skipped.splitlines() == checked.problems
 
 
 def test_a_good_data_set_with_bom_crlf_spaces_and_mixed_widths(tmp_path):
@@ -127,12 +183,138 @@ def test_a_good_data_set_with_bom_crlf_spaces_and_mixed_widths(tmp_path):
     (tmp_path / "b.png").write_bytes(png(Image.new("RGB", (31, 31))))
     content = "\ufeffä.png\t 1 2\r\n\r\nb.png\t3\r\n"
     (tmp_path / "train.txt").write_bytes(content.encode("utf-8"))
-    data = TextImageDataset(tmp_path / "train.txt", "123 ", Preprocess())
-    assert [(pixels.shape, label) for pixels, label in data] == [
-        ((3, 32, 64), " 1 2"),
-        ((3, 32, 32), "3"),
-    ]
-    assert data[0][0].dtype == np.uint8
+    png_of_test = png(Image.new("RGB", (40, 32), "red"))
+    (tmp_path / "c.png").write_bytes(png_of_test)
+    (tmp_path / "test.txt").write_text("c.png\t2\n", encoding="utf-8")
+    checked = check(tmp_path)
+    assert not checked.problems
+    assert checked.alphabet == " 123"
+    for in_memory in (True, False):
+        data = TextImageDataset(checked.train, Preprocess(), in_memory)
+        assert [(data[i][0].shape, data[i][1]) for i in range(len(data))] == [
+            ((3, 32, 64), " 1 2"),
+            ((3, 32, 32), "3"),
+        ]
+        assert data[0][0].dtype == np.uint8
+
+
+def named_images(folder, names):
+    folder.mkdir()
+    for i, name in enumerate(names):
+        picture().rotate(i).save(folder / name)
+
+
+def labels(samples):
+    return sorted(sample.label for sample in samples)
+
+
+def test_the_same_set_however_it_is_kept(tmp_path):
+    words = [f"{i:03d}x{i % 7}" for i in range(60)]
+    # A counter or a hash after the label, only where a name needs one.
+    names = [f"{word}{['', '-0', '_3f2a'][i % 3]}.png" for i, word in enumerate(words)]
+    named_images(tmp_path / "names", names)
+    (tmp_path / "names" / "notes.txt").write_text("drawn by hand", encoding="utf-8")
+    named_images(tmp_path / "list", [f"{i}.png" for i in range(60)])
+    lines = [f"{i}.png\t{word}\n" for i, word in enumerate(words)]
+    (tmp_path / "list" / "labels.txt").write_text("".join(lines), encoding="utf-8")
+    for data in ("names", "list", "list/labels.txt"):
+        checked = check(tmp_path / data, val_fraction=0.25, seed=3)
+        again = check(tmp_path / data, val_fraction=0.25, seed=3)
+        other = check(tmp_path / data, val_fraction=0.25, seed=4)
+        assert labels(checked.train + checked.test) == words
+        assert len(checked.test) == 15
+        assert checked == again
+        assert labels(checked.test) != labels(other.test)
+        assert checked.alphabet == "0123456789x"
+    (tmp_path / "list" / "train.txt").write_text("".join(lines[:50]), encoding="utf-8")
+    (tmp_path / "list" / "test.txt").write_text("".join(lines[50:]), encoding="utf-8")
+    checked = check(tmp_path / "list")
+    assert (labels(checked.train), labels(checked.test)) == (words[:50], words[50:])
+    (tmp_path / "split").mkdir()
+    for split, own in (("train", names[:50]), ("test", names[50:])):
+        (tmp_path / "split" / split).mkdir()
+        for name in own:
+            (tmp_path / "names" / name).rename(tmp_path / "split" / split / name)
+    checked = check(tmp_path / "split")
+    assert (labels(checked.train), labels(checked.test)) == (words[:50], words[50:])
+
+
+def test_the_same_picture_is_never_on_both_sides_of_a_split(tmp_path):
+    for i in range(100):
+        picture().rotate(i // 4).save(tmp_path / f"{i // 4:03d}-{i % 4}.png")
+    checked = check(tmp_path, val_fraction=0.3)
+    assert not checked.problems
+    assert len(checked.train) + len(checked.test) == 100
+    assert not {s.label for s in checked.train} & {s.label for s in checked.test}
+
+
+@pytest.mark.parametrize(
+    ("stems", "separators"),
+    [
+        (["8npd5", "x7k2p"], ""),
+        (["8npd5-0", "x7k2p-12"], "-"),
+        (["8npd5_3f2a", "x7k2p_99bc"], "_"),
+        (["8npd5", "8npd5-1", "8npd5_3f2a"], "_-"),
+        (["AB.1 word", "CD.1 thing"], "."),
+        (["well-known", "plain"], ""),
+    ],
+)
+def test_where_a_label_ends_in_a_file_name(stems, separators):
+    assert find_separators(stems) == separators
+
+
+def test_given_separator_and_folded_case(tmp_path):
+    named_images(tmp_path / "plates", ["AB-12.png", "CD-34.png", "eF-56.png"])
+    found = check(tmp_path / "plates")
+    assert labels(found.train + found.test) == ["AB", "CD", "eF"]
+    whole = check(tmp_path / "plates", separator="")
+    assert labels(whole.train + whole.test) == ["AB-12", "CD-34", "eF-56"]
+    folded = check(tmp_path / "plates", separator="", ignore_case=True)
+    assert folded.alphabet == "-123456abcdef"
+    upper = check(tmp_path / "plates", "ABCDEF", ignore_case=True)
+    assert labels(upper.train + upper.test) == ["AB", "CD", "EF"]
+
+
+def test_the_size_fits_the_labels():
+    assert fitting_preprocess([((160, 40), "abcd")] * 20) == Preprocess(32, None)
+    assert fitting_preprocess([((430, 80), "abcd")] * 20) == Preprocess(48, None)
+    tall = [((40, 60), "12345678")] * 40
+    wide = fitting_preprocess(tall)
+    assert wide.width // 4 >= 10
+    mistaken = fitting_preprocess([*tall * 10, ((40, 60), "1" * 300)])
+    assert mistaken == wide
+
+
+def test_the_report(tmp_path):
+    named_images(tmp_path / "set", [f"{'ab' * (i % 3 + 1)}-{i}.png" for i in range(30)])
+    picture().rotate(99).save(tmp_path / "set" / "Q-99.png")
+    process = run_script("dataset.py", tmp_path / "set", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    for fragment in (
+        "28 training and 3 test images, 64 pixels wide, 32 high",
+        "label lengths: 1 1x, 2 10x, 4 10x, 6 10x",
+        "alphabet, 3 characters:",
+        "seen fewer than 5 times in training, 1 characters: Q",
+        "no problems",
+    ):
+        assert fragment in process.stdout, process.stdout
+    with Image.open(tmp_path / "save_model" / "set.data.png") as sheet:
+        assert sheet.width > 300
+
+
+def test_no_data_set_or_several(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("1.png\t1\n", encoding="utf-8")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "one").mkdir()
+    picture().save(tmp_path / "one" / "1.png")
+    for data, fragment in [
+        (tmp_path, "which label file is meant, a.txt, b.txt"),
+        (tmp_path / "empty", "neither a label file"),
+        (tmp_path / "missing", "no such folder"),
+        (tmp_path / "one", "one image is too few"),
+    ]:
+        assert_clear_error(run_script("dataset.py", data, cwd=tmp_path), fragment)
 
 
 @pytest.mark.parametrize(
