@@ -170,7 +170,7 @@ def random_affine(images):
     matrix[:, 1, 0] = -turn * width / height * 0.3  # a line of text is long: less, or it leaves
     matrix[:, 1, 1] = torch.exp(between(0.15))
     matrix[:, 1, 2] = between(6 / height)
-    grid = F.affine_grid(matrix, images.shape, align_corners=False).to(images.device)
+    grid = F.affine_grid(matrix.to(images.device), images.shape, align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 

@@ -75,15 +75,15 @@ from model import MicroNet
 TASKS = {
     "simple": {
         "height": 32, "width": None, "nh": 16, "depth": 2, "epochs": 35, "lr": 0.04, "power": 4,
-        "averaging": 0.98, "flat": 0, "muon": 0, "augment": "shift",
+        "averaging": 0.98, "flat": 0, "muon": 0, "augment": "shift", "batch_size": 64,
     },
     "complex": {
         "height": 60, "width": 160, "nh": 128, "depth": 6, "epochs": 3, "lr": 0.01, "power": 1,
-        "averaging": 0.995, "flat": 0, "muon": 0.02, "augment": "shift",
+        "averaging": 0.995, "flat": 0, "muon": 0.02, "augment": "shift", "batch_size": 64,
     },
     "chinese": {
         "height": 32, "width": None, "nh": 64, "depth": 4, "epochs": 3, "lr": 0.01, "power": 1,
-        "averaging": 0.995, "flat": 250, "muon": 0, "augment": "shift",
+        "averaging": 0.995, "flat": 250, "muon": 0, "augment": "shift", "batch_size": 64,
     },
 }  # fmt: skip
 WARM_UP = 80  # steps
@@ -92,6 +92,7 @@ WARM_UP = 80  # steps
 # the glyph: U is J and b is p for good, or only blanks come out. Smoothed targets
 # keep all columns in play until the features can tell which sees the most.
 SMOOTHING, SMOOTHING_STEPS = 0.03, 150
+BATCH_SIZE = 64  # images that are read at a time in an evaluation
 CLIP = 5.0  # largest norm of the gradient
 # With more classes than this, a step trains the classes of its batch and as many others,
 # drawn at random: the last layer would cost far more than all the rest.
@@ -465,8 +466,7 @@ def parse_args():
     add(
         "--batch-size",
         type=gen_image.count,
-        default=64,
-        help="images a step, over all processes (default: %(default)s)",
+        help=f"images a step, over all processes (default: {default('batch_size')})",
     )
     add("--lr", type=float, help=f"peak learning rate (default: {default('lr')})")
     add(
@@ -597,9 +597,10 @@ def own_settings(checked):
         "lr": 0.01,
         "power": 1,
         "averaging": 0.99,
-        "flat": 150,
+        "flat": 300,
         "muon": 0.02,
         "augment": "affine" if images < 20000 else "shift",
+        "batch_size": 32,
     }
 
 
@@ -634,12 +635,12 @@ def check_writable(folder):
         raise ValueError(f"--out {folder}: cannot be written to ({error.strerror})") from None
 
 
-def in_order(samples, checked, preprocess, size, converter):
+def in_order(samples, checked, preprocess, converter):
     """A DataLoader over this process's share of samples, of similar width in each batch."""
     rank, world = processes()
     widths = [preprocess.width_of(*checked.sizes[sample.path]) for sample in samples]
     order = sorted(range(len(samples)), key=widths.__getitem__)[rank::world]
-    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    batches = [order[i : i + BATCH_SIZE] for i in range(0, len(order), BATCH_SIZE)]
     return DataLoader(
         TextImageDataset(samples, preprocess),
         batch_sampler=batches,
@@ -652,7 +653,7 @@ def load_test_set(args, weights):
     model, converter, preprocess = load_checkpoint(weights)
     checked = check_data(args, converter.alphabet, preprocess, ["test"])
     report_skipped(args, checked, args.out / f"{weights.stem}.skipped.txt")
-    batches = in_order(checked.test, checked, preprocess, args.batch_size, converter)
+    batches = in_order(checked.test, checked, preprocess, converter)
     return model, converter, preprocess, checked, batches
 
 
@@ -763,8 +764,8 @@ def prepare(args):
     for setting in preset:
         given = getattr(args, flags.get(setting, setting), None)
         preset[setting] = preset[setting] if given is None else given
-    if weights:
-        preset |= {"nh": weights[0].nh, "depth": weights[0].depth}
+    if weights:  # which know where the characters are: no flat start
+        preset |= {"nh": weights[0].nh, "depth": weights[0].depth, "flat": 0}
     print("\n".join(checked.notes))
     if not args.task:
         size = checked.preprocess
@@ -772,9 +773,8 @@ def prepare(args):
               "(--height, --width)")  # fmt: skip
         print("network: nh {nh}, depth {depth} (--nh, --depth)".format(**preset))
         print(
-            "training: {epochs} epochs (--epochs), {augment} augmentation (--augment)".format(
-                **preset
-            )
+            "training: {epochs} epochs (--epochs), batches of {batch_size} "
+            "(--batch-size), {augment} augmentation (--augment)".format(**preset)
         )
     return checked, preset
 
@@ -787,7 +787,7 @@ def machine_memory():
         return 8 * 2**30
 
 
-def training_batches(args, checked, preprocess, converter, device, order):
+def training_batches(args, batch_size, checked, preprocess, converter, device, order):
     """The DataLoader of a training, whose batch_sampler is an `EpochOrder`.
 
     The images are on the GPU where they fit into half of its free memory, else in memory
@@ -795,7 +795,7 @@ def training_batches(args, checked, preprocess, converter, device, order):
     """
     rank, world = processes()
     widths = [preprocess.width_of(*checked.sizes[sample.path]) for sample in checked.train]
-    sampler = EpochOrder(widths, args.batch_size, order, rank, world)
+    sampler = EpochOrder(widths, batch_size, order, rank, world)
     size = 3 * preprocess.height * sum(widths)
     room = args.memory * 2**30 if args.memory is not None else machine_memory() / 2
     in_memory = size <= room / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -994,8 +994,10 @@ def train(args, device):
             writer = tensorboard_writer(args.out / f"{name}.tensorboard")
 
     order = torch.Generator().manual_seed(args.seed)
-    train_batches = training_batches(args, checked, preprocess, converter, device, order)
-    test_batches = in_order(checked.test, checked, preprocess, args.batch_size, converter)
+    train_batches = training_batches(
+        args, preset["batch_size"], checked, preprocess, converter, device, order
+    )
+    test_batches = in_order(checked.test, checked, preprocess, converter)
     labels = [sample.label for sample in checked.test]
     forward = model
     if world > 1:
@@ -1019,7 +1021,7 @@ def train(args, device):
 
     listed = "".join(f"{s.path.name}\t{s.label}\n" for s in [*checked.train, *checked.test])
     settings = {
-        **preset, "seed": args.seed, "batch_size": args.batch_size, "amp": args.amp,
+        **preset, "seed": args.seed, "amp": args.amp,
         "half": args.half, "alphabet": converter.alphabet, "preprocess": asdict(preprocess),
         "images": zlib.crc32(listed.encode("utf-8")),
     }  # fmt: skip
@@ -1104,7 +1106,7 @@ def train(args, device):
         print("no epoch was completed, nothing was saved")
         return status
     if world > 1:  # now all of them
-        test_batches = in_order(checked.test, checked, preprocess, args.batch_size, converter)
+        test_batches = in_order(checked.test, checked, preprocess, converter)
     calibrate(checkpoint, test_batches, device)
     best, converter, _ = load_checkpoint(checkpoint)
     _, readings = evaluate(best.to(device), test_batches, converter, preprocess, device)
