@@ -404,7 +404,7 @@ class Checked(NamedTuple):
 
 def check(
     data, alphabet=None, preprocess=None, separator=None, val_fraction=0.1, seed=0,
-    ignore_case=False, limit=None, splits=SPLITS,
+    ignore_case=False, limit=None, splits=SPLITS, size=(None, None),
 ):  # fmt: skip
     """Look at every image and label of a data set.
 
@@ -417,6 +417,7 @@ def check(
         ignore_case: make labels lower case (upper case, if the alphabet has no lower).
         limit: take only the first so many training images.
         splits: those that are wanted.
+        size: (height, width) of the `Preprocess`, None for what fits.
 
     Returns:
         a `Checked`.
@@ -462,7 +463,7 @@ def check(
     if alphabet is None:
         alphabet = "".join(sorted({c for sample in usable for c in sample.label}))
     if preprocess is None:
-        preprocess = fitting_preprocess([(sizes[s.path], s.label) for s in usable])
+        preprocess = fitting_preprocess([(sizes[s.path], s.label) for s in usable], *size)
     known = set(alphabet)
     for sample in usable:
         unknown = sorted(set(sample.label) - known)
@@ -567,17 +568,19 @@ def _visible(character):
     return character if character.isprintable() and not character.isspace() else repr(character)
 
 
-def fitting_preprocess(items):
-    """The `Preprocess` that suits [((width, height) in pixels, label)].
+def fitting_preprocess(items, height=None, width=None):
+    """The `Preprocess` that suits [((width, height) in pixels, label)], where none is given.
 
     Images of small text in much background, higher than 50 pixels in the median, get 48
     rows of pixels, others 32. The ratio is kept, unless labels would not fit: then
     all images get one width, with at least 5 columns for 4 that the labels need.
     """
     if not items:
-        return Preprocess()
-    heights = sorted(height for (_, height), _ in items)
-    height = 48 if heights[len(heights) // 2] > 50 else 32
+        return Preprocess(height or 32, width)
+    heights = sorted(image_height for (_, image_height), _ in items)
+    height = height or (48 if heights[len(heights) // 2] > 50 else 32)
+    if width:
+        return Preprocess(height, width)
     columns = [max(1, round(w * height / h / COLUMN)) for (w, h), _ in items]
     needed = [columns_needed(label) for _, label in items]
     tight = sum(1.25 * n > c for n, c in zip(needed, columns, strict=True))

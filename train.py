@@ -568,11 +568,11 @@ def find_data(args):
     return folder
 
 
-def check_data(args, alphabet, preprocess, splits=SPLITS):
+def check_data(args, alphabet, preprocess=None, splits=SPLITS):
     """`dataset.check` as the flags ask for. Raises ValueError for problems, without --skip-bad."""
     checked = check(
         find_data(args), alphabet, preprocess, args.label_separator, args.val_fraction, args.seed,
-        args.ignore_case, args.train, splits,
+        args.ignore_case, args.train, splits, (args.height, args.width),
     )  # fmt: skip
     if checked.problems and not args.skip_bad:
         raise ValueError(
@@ -755,8 +755,6 @@ def prepare(args):
     if weights:
         alphabet = alphabet if args.fine_tune else weights[1].alphabet
         preprocess = weights[2]
-    elif args.height or args.width:
-        preprocess = Preprocess(args.height or 32, args.width)
     checked = check_data(args, alphabet, preprocess)
     preset = dict(TASKS[args.task] if args.task else own_settings(checked))
     preset.pop("height", None), preset.pop("width", None)  # those of checked.preprocess count

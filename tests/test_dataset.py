@@ -278,6 +278,8 @@ def test_given_separator_and_folded_case(tmp_path):
 def test_the_size_fits_the_labels():
     assert fitting_preprocess([((160, 40), "abcd")] * 20) == Preprocess(32, None)
     assert fitting_preprocess([((430, 80), "abcd")] * 20) == Preprocess(48, None)
+    assert fitting_preprocess([((430, 80), "abcd")], width=128) == Preprocess(48, 128)
+    assert fitting_preprocess([((430, 80), "abcd")], height=64) == Preprocess(64, None)
     tall = [((40, 60), "12345678")] * 40
     wide = fitting_preprocess(tall)
     assert wide.width // 4 >= 10
