@@ -234,14 +234,17 @@ def test_images_on_the_device_make_the_same_batches(digits):
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_augmentation_moves_a_little(name):
     torch.manual_seed(0)
-    images = torch.zeros(8, 3, 32, 128)
+    images = -torch.ones(8, 3, 32, 128)  # a white square on black
     images[:, :, 12:20, 60:68] = 1
-    changed = AUGMENTATIONS[name](images)
-    assert changed.shape == images.shape
+    for _ in range(20):
+        changed = AUGMENTATIONS[name](images)
+        assert changed.shape == images.shape
+        assert changed.min() >= -1.001
+        assert changed.max() <= 1.001
+        light = changed[:, 0] + 1
+        centres = (light.sum(1) * torch.arange(128.0)).sum(1) / light.sum((1, 2))
+        assert (centres - 63.5).abs().max() < 14
     assert torch.equal(changed, images) == (name == "none")
-    columns = torch.arange(128.0)
-    centres = (changed[:, 0].sum(1) * columns).sum(1) / changed[:, 0].sum((1, 2))
-    assert (centres - 63.5).abs().max() < 14
 
 
 def test_confusions_of_texts_of_other_lengths():
