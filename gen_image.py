@@ -45,7 +45,7 @@ TASKS = {
         "alphabet": "digits_upper",
         "width": 40,
         "height": 60,
-        "train": 70000,
+        "train": 100000,
         "test": 2000,
     },
     "chinese": {

@@ -71,19 +71,24 @@ from model import MicroNet
 
 # height, width: pixels that images are resized to, None keeps their ratio. power: of the
 # cosine that the learning rates follow. averaging: see AveragedModel below. flat: steps
-# over which a flat start gives way to CTC, see loss.py. muon: rate of Muon, 0 for AdamW alone.
+# over which a flat start gives way to CTC, see loss.py. muon: rate of Muon in
+# multiples of lr, 0 for AdamW alone.
+# amp: compute in bfloat16 where the CPU has instructions for it.
 TASKS = {
     "simple": {
         "height": 32, "width": None, "nh": 16, "depth": 2, "epochs": 35, "lr": 0.04, "power": 4,
         "averaging": 0.98, "flat": 0, "muon": 0, "augment": "shift", "batch_size": 64,
+        "amp": False,
     },
     "complex": {
-        "height": 60, "width": 160, "nh": 128, "depth": 6, "epochs": 3, "lr": 0.01, "power": 1,
-        "averaging": 0.995, "flat": 0, "muon": 0.02, "augment": "shift", "batch_size": 64,
+        "height": 60, "width": 160, "nh": 128, "depth": 6, "epochs": 5, "lr": 0.01, "power": 1,
+        "averaging": 0.995, "flat": 0, "muon": 2, "augment": "shift", "batch_size": 64,
+        "amp": True,
     },
     "chinese": {
         "height": 32, "width": None, "nh": 64, "depth": 4, "epochs": 3, "lr": 0.01, "power": 1,
         "averaging": 0.995, "flat": 250, "muon": 0, "augment": "shift", "batch_size": 64,
+        "amp": False,
     },
 }  # fmt: skip
 WARM_UP = 80  # steps
@@ -485,7 +490,12 @@ def parse_args():
     add("--stop-at", type=float, metavar="ACC", help="end at this word accuracy (default: never)")
     add("--seed", type=int, default=0, help="same seed, same weights (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
-    add("--amp", action="store_true", help="compute in bfloat16, or float16 on older GPUs")
+    add(
+        "--amp",
+        action=argparse.BooleanOptionalAction,
+        help="compute in bfloat16, or float16 on older GPUs (default: on a CPU with AVX-512 BF16, "
+        "for complex and --data)",
+    )
     add("--compile", action="store_true", help="compile the network with torch.compile")
     add(
         "--memory",
@@ -589,18 +599,20 @@ def own_settings(checked):
 
     More epochs for fewer images, but fewer steps in all; see "Your own images" in README.md.
     """
-    images = len(checked.train)
+    images, height = len(checked.train), checked.preprocess.height
     return {
-        "nh": 64,
-        "depth": 4,
-        "epochs": min(400, max(3, round(4000 / math.sqrt(images)))),
+        "nh": 64 if height <= 32 else 128,
+        # Each block sees 4 pixels further to either side: half as much again as the height.
+        "depth": round(height / 6),
+        "epochs": min(300, max(3, round(4400 / math.sqrt(images)))),
         "lr": 0.01,
         "power": 1,
         "averaging": 0.99,
         "flat": 300,
-        "muon": 0.02,
-        "augment": "affine" if images < 20000 else "shift",
+        "muon": 2,
+        "augment": "looks" if images < 20000 else "shift",
         "batch_size": 32,
+        "amp": True,
     }
 
 
@@ -738,7 +750,7 @@ def calibrate_weights(args, device):
     return 0
 
 
-def prepare(args):
+def prepare(args, device):
     """Look at the data and choose what the flags leave open. Prints both.
 
     Returns:
@@ -762,6 +774,8 @@ def prepare(args):
     for setting in preset:
         given = getattr(args, flags.get(setting, setting), None)
         preset[setting] = preset[setting] if given is None else given
+    if args.amp is None:
+        preset["amp"] &= fast_bfloat16(device)
     if weights:  # which know where the characters are: no flat start
         preset |= {"nh": weights[0].nh, "depth": weights[0].depth, "flat": 0}
     print("\n".join(checked.notes))
@@ -771,8 +785,10 @@ def prepare(args):
               "(--height, --width)")  # fmt: skip
         print("network: nh {nh}, depth {depth} (--nh, --depth)".format(**preset))
         print(
-            "training: {epochs} epochs (--epochs), batches of {batch_size} "
-            "(--batch-size), {augment} augmentation (--augment)".format(**preset)
+            "training: {epochs} epochs (--epochs), batches of {batch_size} (--batch-size), "
+            "{augment} augmentation (--augment), {precision} (--amp)".format(
+                precision="mixed precision" if preset["amp"] else "float32", **preset
+            )
         )
     return checked, preset
 
@@ -819,7 +835,7 @@ def training_batches(args, batch_size, checked, preprocess, converter, device, o
 
 
 def make_optimizers(model, lr, muon):
-    """AdamW, and for the convolutions that mix channels `Muon`, where ``muon`` is its rate."""
+    """AdamW at rate ``lr``, and `Muon` at ``muon`` times that for what mixes channels, if not 0."""
     mixing = [model.patches.conv.weight, *(block.pointwise.conv.weight for block in model.blocks)]
     mixing = mixing if muon else []
     rest = [p for p in model.parameters() if all(p is not own for own in mixing)]
@@ -832,7 +848,7 @@ def make_optimizers(model, lr, muon):
         betas=(0.9, 0.99),
         fused=next(model.parameters()).device.type != "mps",
     )
-    return [adamw, Muon(mixing, muon)] if muon else [adamw]
+    return [adamw, Muon(mixing, muon * lr)] if muon else [adamw]
 
 
 @dataclass
@@ -877,9 +893,16 @@ def take_step(model, optimizers, scaler, loss):
     return finite
 
 
-def precision(args, device):
-    """(context for the forward pass, `GradScaler`) of --amp, or of float32."""
-    if not args.amp:
+def fast_bfloat16(device):
+    """Whether ``device`` is a CPU that has instructions for bfloat16."""
+    # torch has no public name for it.
+    asks = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return device.type == "cpu" and asks is not None and asks()
+
+
+def precision(amp, device):
+    """(context for the forward pass, `GradScaler`) of mixed precision, or of float32."""
+    if not amp:
         return nullcontext(), torch.amp.GradScaler(device.type, enabled=False)
     bfloat16 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
     kind = torch.bfloat16 if bfloat16 else torch.float16
@@ -927,10 +950,8 @@ def train_epoch(run, bar):
         step = progress["step"]
         lr = learning_rate(step, steps, preset["lr"], preset["power"])
         for optimizer in run.optimizers:
-            own = isinstance(optimizer, Muon)
-            rate = learning_rate(step, steps, preset["muon"], preset["power"]) if own else lr
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = lr * preset["muon"] if isinstance(optimizer, Muon) else lr
         if preset["flat"]:
             criterion.flat = max(0.0, 1 - step / preset["flat"])
         else:
@@ -969,7 +990,7 @@ def train_epoch(run, bar):
 def train(args, device):
     """Train, save the best epoch, and say where it is. Returns the exit status."""
     rank, world = processes()
-    checked, preset = from_first(lambda: prepare(args))
+    checked, preset = from_first(lambda: prepare(args, device))
     torch.manual_seed(args.seed)
     model, converter, preprocess = make_network(
         args.weights, args.fine_tune, checked.alphabet, checked.preprocess, preset["nh"],
@@ -1006,7 +1027,7 @@ def train(args, device):
     average = AveragedModel(
         model, multi_avg_fn=get_ema_multi_avg_fn(preset["averaging"]), use_buffers=True
     )
-    autocast, scaler = precision(args, device)
+    autocast, scaler = precision(preset["amp"], device)
     progress = {
         "epoch": 0, "step": 0, "seconds": 0.0, "skipped": 0, "rows": [], "best": None,
         "best_epoch": 0,
@@ -1019,8 +1040,8 @@ def train(args, device):
 
     listed = "".join(f"{s.path.name}\t{s.label}\n" for s in [*checked.train, *checked.test])
     settings = {
-        **preset, "seed": args.seed, "amp": args.amp,
-        "half": args.half, "alphabet": converter.alphabet, "preprocess": asdict(preprocess),
+        **preset, "seed": args.seed, "half": args.half,
+        "alphabet": converter.alphabet, "preprocess": asdict(preprocess),
         "images": zlib.crc32(listed.encode("utf-8")),
     }  # fmt: skip
     if args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):

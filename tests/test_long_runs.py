@@ -127,9 +127,8 @@ def digits_batch(labels):
 def test_a_step_that_is_not_finite_changes_nothing():
     torch.manual_seed(0)
     model = MicroNet(4, 1, 11)
-    optimizers = make_optimizers(model, 0.01, 0.02)
-    args = type("Args", (), {"amp": False})
-    scaler = precision(args, torch.device("cpu"))[1]
+    optimizers = make_optimizers(model, 0.01, 2)
+    scaler = precision(False, torch.device("cpu"))[1]
     for labels, finite in ((["12"], True), (["1" * 30], False), (["34"], True)):
         batch = digits_batch(labels)  # 30 equal characters need more columns than there are
         loss = CTCLoss()(
@@ -254,7 +253,7 @@ def test_confusions_of_texts_of_other_lengths():
 def test_images_read_again_each_epoch_and_bfloat16_train_the_same(digits, undisturbed, tmp_path):
     one_epoch = [*BRIEF, "--epochs", 1]
     losses = []
-    for flags in ([], ["--memory", 0], ["--amp"]):
+    for flags in (["--no-amp"], ["--no-amp", "--memory", 0], ["--amp"]):
         process = run_script("train.py", "--data", digits, *one_epoch, *flags, cwd=tmp_path)
         assert ("do not fit into memory" in process.stdout) == ("--memory" in flags), process.stderr
         losses.append(float(re.search(r"test loss +(\S+)", process.stdout)[1]))
