@@ -193,9 +193,8 @@ def random_weight(images):
     kind = torch.randint(4, ()).item()
     if kind > 1:
         return images
-    choose = (
-        torch.maximum if kind else torch.minimum
-    )  # the lighter of two neighbours, or the darker
+    # The lighter of two neighbours, or the darker.
+    choose = torch.maximum if kind else torch.minimum
     changed = images.clone()
     changed[..., 1:] = choose(images[..., 1:], images[..., :-1])
     changed[:, :, 1:] = choose(changed[:, :, 1:], changed[:, :, :-1])

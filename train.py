@@ -72,8 +72,8 @@ from model import MicroNet
 # height, width: pixels that images are resized to, None keeps their ratio. power: of the
 # cosine that the learning rates follow. averaging: see AveragedModel below. flat: steps
 # over which a flat start gives way to CTC, see loss.py. muon: rate of Muon in
-# multiples of lr, 0 for AdamW alone.
-# amp: compute in bfloat16 where the CPU has instructions for it.
+# multiples of lr, 0 for AdamW alone. amp: compute in bfloat16 where the CPU has instructions
+# for it.
 TASKS = {
     "simple": {
         "height": 32, "width": None, "nh": 16, "depth": 2, "epochs": 35, "lr": 0.04, "power": 4,
