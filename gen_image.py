@@ -5,6 +5,7 @@
     python gen_image.py --task chinese          # the 3,755 characters of GB 2312 level 1
     python gen_image.py --length 3-8 --alphabet digits --out data/digits
     python gen_image.py --font A.ttf --font B.ttf --seed 7 --force
+    python gen_image.py --task complex --often O0 --seed 1 --out data/complex_often
 
 A data set is a folder:
 
@@ -57,6 +58,7 @@ TASKS = {
     },
 }
 LENGTH = "4"
+OFTEN = 8  # times as often as others are the characters of --often drawn
 SPLITS = ("train", "test")
 CHUNK = 100  # images a worker draws at a time
 PREVIEW = 48  # images on the contact sheet
@@ -195,10 +197,13 @@ def draw_images(folder, split, indices, args):
     low, high = args.length
     rng = random.Random()
     drawer = make_captcha(args, rng)
+    weights = None
+    if args.often and split == "train":
+        weights = [OFTEN if character in args.often else 1 for character in args.alphabet]
     labels = []
     for index in indices:
         rng.seed(f"{args.seed}/{split}/{index}")
-        label = "".join(rng.choices(args.alphabet, k=rng.randint(low, high)))
+        label = "".join(rng.choices(args.alphabet, weights, k=rng.randint(low, high)))
         drawer.generate_image(label).save(folder / split / f"{index:05d}.png", compress_level=1)
         labels.append(label)
     return labels
@@ -341,6 +346,13 @@ def parse_args(argv=None):
         help=f"an alphabet's name or a UTF-8 text file (default: {defaults('alphabet')})",
     )
     parser.add_argument(
+        "--often",
+        default="",
+        metavar="CHARACTERS",
+        help=f"are drawn {OFTEN} times as often as others in training images: those that a "
+        "training confuses",
+    )
+    parser.add_argument(
         "--font",
         action="append",
         metavar="FILE",
@@ -369,6 +381,9 @@ def parse_args(argv=None):
     args.out = args.out or Path("data") / args.task
     args.train, args.test = args.train or task["train"], args.test or task["test"]
     args.alphabet = load_alphabet(args.alphabet or task["alphabet"])
+    unknown = set(args.often) - set(args.alphabet)
+    if unknown:
+        raise ValueError(f"--often: {' '.join(sorted(unknown))} not in the alphabet")
     args.height = args.height or task["height"]
     args.width = args.width or args.length[1] * task["width"] * args.height // task["height"]
     if not args.font:

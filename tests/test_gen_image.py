@@ -50,6 +50,20 @@ def test_a_data_set_is_what_the_readme_says(drawn):
     assert Image.open(drawn / "preview.png").width > 500
 
 
+def test_characters_that_are_hard_may_be_drawn_more_often(drawn, tmp_path):
+    flags = [*SMALL, "--often", "3B", "--out", tmp_path / "often"]
+    process = run_script("gen_image.py", *flags, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    shares = {}
+    for folder in (drawn, tmp_path / "often"):
+        for split in ("train", "test"):
+            lines = (folder / f"{split}.txt").read_text(encoding="utf-8").splitlines()
+            text = "".join(line.split("\t")[1] for line in lines)
+            shares[folder.name, split] = sum(map(text.count, "3B")) / len(text)
+    assert shares["often", "train"] > 3 * shares["one", "train"]
+    assert shares["often", "test"] == shares["one", "test"]  # which stays as it is
+
+
 def test_same_seed_same_bytes_whatever_the_workers_and_no_two_alike(drawn, tmp_path):
     again, other = tmp_path / "again", tmp_path / "other"
     run_script("gen_image.py", "--out", again, *SMALL, "--workers", 3, cwd=tmp_path)
