@@ -57,7 +57,7 @@ from dataset import (
     save_picture,
     write_atomically,
 )
-from infer_tool import SAVE_FOLDER, latest_weights, load_checkpoint
+from infer_tool import BATCH_SIZE, SAVE_FOLDER, latest_weights, load_checkpoint
 from keys import load_alphabet
 from loss import CTCLoss
 from metric import (
@@ -97,7 +97,6 @@ WARM_UP = 80  # steps
 # the glyph: U is J and b is p for good, or only blanks come out. Smoothed targets
 # keep all columns in play until the features can tell which sees the most.
 SMOOTHING, SMOOTHING_STEPS = 0.03, 150
-BATCH_SIZE = 64  # images that are read at a time in an evaluation
 CLIP = 5.0  # largest norm of the gradient
 # With more classes than this, a step trains the classes of its batch and as many others,
 # drawn at random: the last layer would cost far more than all the rest.
