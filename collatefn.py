@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 SORTED = 8  # batches' worth of images that are sorted by width at a time
 SHIFT_X, SHIFT_Y = 2, 1  # pixels that a training batch is moved by, at most
+BEND = 1.2  # pixels, the standard deviation of how far a bend moves what it bends
 
 
 class Batch(NamedTuple):
@@ -150,29 +151,56 @@ def random_shift(images):
     return padded[:, :, y : y + height, x : x + width]
 
 
-def random_affine(images):
-    """Stretch, slant, turn and move each image of a batch a little. (N, 3, H, W) -> same.
+def affine_grid(images, strength):
+    """Where in the image each pixel of a random affine view of it comes from.
 
-    Up to 10 % larger and 22 % smaller, slanted by 0.2, turned by about 5 degrees, moved by 5
-    pixels across and 4 down; the edges are repeated. More smaller than larger: what
+    At strength 1: up to 10 % larger and 22 % smaller, slanted by 0.2, turned by about 5
+    degrees. Moved by 5 pixels across and 4 down at any. More smaller than larger: what
     leaves the image is lost, and its label still names it.
+
+    Args:
+        images: (N, 3, H, W).
+
+    Returns:
+        (N, H, W, 2), x and y from -1 to 1, for `grid_sample`.
     """
     count, _, height, width = images.shape
 
     def between(low, high):
         return low + (high - low) * torch.rand(count)
 
-    turn = between(-0.08, 0.08)
-    # From a place in the result to the place in the image, both from -1 to 1.
+    turn = strength * between(-0.08, 0.08)
     matrix = torch.zeros(count, 2, 3)
-    matrix[:, 0, 0] = torch.exp(between(-0.1, 0.2))
-    matrix[:, 0, 1] = (turn + between(-0.2, 0.2)) * height / width
+    matrix[:, 0, 0] = torch.exp(strength * between(-0.1, 0.2))
+    matrix[:, 0, 1] = (turn + strength * between(-0.2, 0.2)) * height / width
     matrix[:, 0, 2] = between(-10, 10) / width
     matrix[:, 1, 0] = -turn * width / height * 0.3  # a line of text is long: less, or it leaves
-    matrix[:, 1, 1] = torch.exp(between(-0.1, 0.2))
+    matrix[:, 1, 1] = torch.exp(strength * between(-0.1, 0.2))
     matrix[:, 1, 2] = between(-8, 8) / height
-    grid = F.affine_grid(matrix.to(images.device), images.shape, align_corners=False)
+    return F.affine_grid(matrix.to(images.device), images.shape, align_corners=False)
+
+
+def grid_sample(images, grid):
+    """The images seen through `affine_grid`'s or another grid, their edges repeated."""
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def random_affine(images):
+    """Stretch, slant, turn and move each image of a batch a little. (N, 3, H, W) -> same."""
+    return grid_sample(images, affine_grid(images, 1))
+
+
+def random_warp(images):
+    """As `random_affine`, half as much again, and bent as on rubber. (N, 3, H, W) -> same.
+
+    Simard et al., "Best Practices for Convolutional Neural Networks Applied to Visual
+    Document Analysis", ICDAR 2003. Here a bend has about the size of a glyph.
+    """
+    count, _, height, width = images.shape
+    pixel = torch.tensor([2 / width, 2 / height]).reshape(2, 1, 1)  # of the grid's units
+    bends = (BEND * pixel * torch.randn(count, 2, 3, max(3, width // 16))).to(images.device)
+    bends = F.interpolate(bends, (height, width), mode="bicubic", align_corners=False)
+    return grid_sample(images, affine_grid(images, 1.5) + bends.movedim(1, -1))
 
 
 def random_colours(images):
@@ -220,8 +248,8 @@ def random_lines(images):
 
 
 def random_looks(images):
-    """Another font, colour and background, as far as that can be imitated: all of the above."""
-    return random_lines(random_weight(random_colours(random_affine(images))))
+    """Another font, colour and background, as far as that can be imitated."""
+    return random_lines(random_weight(random_colours(random_warp(images))))
 
 
 AUGMENTATIONS = {
