@@ -22,8 +22,10 @@ import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +39,7 @@ MAX_PIXELS = 2**23  # of an image file, 8.4 million: checked before it is decode
 MAX_WIDTH = 4096  # pixels, after resizing
 # What people keep images in. Pillow knows more, some by starting other programs.
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
+INK = 30  # of 255: what differs less from an image's edges is background
 SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 SPLITS = ("train", "test")
 # What may stand between a label and the rest of a file name.
@@ -77,11 +80,13 @@ class Preprocess:
     Attributes:
         height: pixels, every image is resized to it.
         width: pixels, a multiple of 4, or None to keep the aspect ratio.
+        trim: cut the image to its `text_box` before.
         mean, std: the network gets (pixel - mean) / std, a pixel is 0 to 255.
     """
 
     height: int = 32
     width: int | None = None
+    trim: bool = False
     mean: float = 127.5
     std: float = 127.5
 
@@ -90,13 +95,15 @@ class Preprocess:
 
         Raises ImageError where the aspect ratio makes it wider than 4,096 pixels.
         """
+        if self.trim:
+            image = image.crop(text_box(image))
         width = self.width_of(*image.size)
         if image.size != (width, self.height):
             image = image.resize((width, self.height), Image.Resampling.BILINEAR)
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
     def width_of(self, width, height):
-        """The W that an image of ``width`` x ``height`` pixels is resized to.
+        """The W that an image of ``width`` x ``height`` pixels, cut if at all, is resized to.
 
         Raises ImageError where it would be more than 4,096.
         """
@@ -107,6 +114,10 @@ class Preprocess:
                 f"{self.height}, more than {MAX_WIDTH}: cut it into lines of text"
             )
         return resized
+
+    def __str__(self):
+        cut = "cut to their text and " if self.trim else ""
+        return f"{cut}resized to height {self.height}, width {self.width or 'kept'}"
 
     def normalise(self, pixels):
         """uint8 tensor or array of any shape -> the same in float32, by mean and std."""
@@ -175,6 +186,54 @@ def _to_8_bits(image):
         else:
             scale = 1 / 257 if image.mode.startswith("I;16") or pixels.max() > 255 else 1
         return Image.fromarray((pixels * scale).round().clip(0, 255).astype(np.uint8))
+
+
+def _moving_mean(values, size):
+    """The mean of ``size`` neighbours around each of (N,) values."""
+    return np.convolve(values, np.ones(size) / size)[(size - 1) // 2 :][: len(values)]
+
+
+def text_box(image):
+    """Where the text of an image is, with some background around it.
+
+    Along a row of pixels, text is many short runs of ink, a stray line one or few: the
+    rows of the text are those with many runs. Its columns are those with more ink in
+    these rows than a line leaves.
+
+    Args:
+        image: an RGB `PIL.Image` of one line of text.
+
+    Returns:
+        (left, top, right, bottom) for `Image.crop`, the whole image where no text stands out.
+    """
+    pixels = np.asarray(image).astype(np.int16)
+    height, width = pixels.shape[:2]
+    edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    ground = np.median(edges, axis=0).astype(np.int16)
+    ink = np.abs(pixels - ground).max(2) > INK
+    runs = ink[:, 0] + (ink[:, 1:] & ~ink[:, :-1]).sum(1)
+    runs = _moving_mean(runs, min(3, height))
+    rows = np.flatnonzero(runs > max(2.2, 0.3 * np.percentile(runs, 90)))
+    if not len(rows):
+        return 0, 0, width, height
+    # Accents and the dots of i stand apart from their line, other lines further.
+    parts = np.split(rows, np.flatnonzero(np.diff(rows) > height // 20) + 1)
+    rows = max(parts, key=lambda part: runs[part].sum())
+    top, bottom = int(rows[0]), int(rows[-1]) + 1
+    size = bottom - top
+    if size < max(3, height / 10):
+        return 0, 0, width, height
+    amount = _moving_mean(ink[top:bottom].sum(0), min(max(3, size // 4), width))
+    columns = np.flatnonzero(amount > 0.08 * size + 0.7)
+    if not len(columns):
+        return 0, 0, width, height
+    left, right = int(columns[0]), int(columns[-1]) + 1
+    return (
+        max(0, left - size // 2),
+        max(0, top - size // 4),
+        min(width, right + size // 2),
+        min(height, bottom + size // 4),
+    )
 
 
 class Sample(NamedTuple):
@@ -386,7 +445,7 @@ class Checked(NamedTuple):
     """A data set that was looked at.
 
     train, test: the `Sample`s that can be used.
-    sizes: {path: (width, height) of the image}.
+    sizes: {path: (width, height) of what is resized: the image, or what it is cut to}.
     alphabet: a string.
     preprocess: a `Preprocess`.
     problems: a text for each line or image that cannot be used.
@@ -404,7 +463,7 @@ class Checked(NamedTuple):
 
 def check(
     data, alphabet=None, preprocess=None, separator=None, val_fraction=0.1, seed=0,
-    ignore_case=False, limit=None, splits=SPLITS, size=(None, None),
+    ignore_case=False, limit=None, splits=SPLITS, size=(None, None), trim=None,
 ):  # fmt: skip
     """Look at every image and label of a data set.
 
@@ -417,7 +476,7 @@ def check(
         ignore_case: make labels lower case (upper case, if the alphabet has no lower).
         limit: take only the first so many training images.
         splits: those that are wanted.
-        size: (height, width) of the `Preprocess`, None for what fits.
+        size, trim: (height, width) and trim of the `Preprocess`, None for what fits.
 
     Returns:
         a `Checked`.
@@ -442,12 +501,15 @@ def check(
         problems.append(sample.problem(problem))
 
     listed = [sample for own in samples.values() for sample in own]
-    sizes, digests = {}, {}
-    for sample, result in zip(listed, in_threads(_look, listed, "checking"), strict=True):
+    if preprocess:
+        trim = preprocess.trim
+    look = partial(_look, find_text=trim is not False)
+    sizes, text_sizes, digests = {}, {}, {}
+    for sample, result in zip(listed, in_threads(look, listed, "checking"), strict=True):
         if isinstance(result, str):
             refuse(sample, result)
         else:
-            sizes[sample.path], digests[sample.path] = result
+            sizes[sample.path], text_sizes[sample.path], digests[sample.path] = result
     readable = {split: [s for s in own if s.path in sizes] for split, own in samples.items()}
     if readable["all"]:
         parts = _split(readable["all"], digests, val_fraction, seed)
@@ -463,7 +525,10 @@ def check(
     if alphabet is None:
         alphabet = "".join(sorted({c for sample in usable for c in sample.label}))
     if preprocess is None:
-        preprocess = fitting_preprocess([(sizes[s.path], s.label) for s in usable], *size)
+        preprocess = fitting_preprocess(
+            [(sizes[s.path], text_sizes[s.path], s.label) for s in usable], *size, trim
+        )
+    resized = text_sizes if preprocess.trim else sizes
     known = set(alphabet)
     for sample in usable:
         unknown = sorted(set(sample.label) - known)
@@ -472,7 +537,7 @@ def check(
             refuse(sample, f"is labelled {sample.label!r}, {shown} not in the alphabet")
             continue
         try:
-            columns = preprocess.width_of(*sizes[sample.path]) // COLUMN
+            columns = preprocess.width_of(*resized[sample.path]) // COLUMN
         except ImageError as error:
             refuse(sample, str(error))
             continue
@@ -487,16 +552,21 @@ def check(
         for split in SPLITS
     )
     notes += _report(train, test, sizes, alphabet)
-    return Checked(train, test, sizes, alphabet, preprocess, problems, notes)
+    return Checked(train, test, resized, alphabet, preprocess, problems, notes)
 
 
-def _look(sample):
-    """((width, height), digest of the pixels) of a sample's image, or the text of a problem."""
+def _look(sample, find_text):
+    """(size, size of the text box, digest of the pixels) of a sample's image, or a problem.
+
+    The sizes are (width, height); without ``find_text`` both are the image's.
+    """
     try:
         image = read_image(sample.path)
     except ImageError as error:
         return str(error)
-    return image.size, hashlib.blake2b(image.tobytes(), digest_size=16).digest()
+    left, top, right, bottom = text_box(image) if find_text else (0, 0, *image.size)
+    digest = hashlib.blake2b(image.tobytes(), digest_size=16).digest()
+    return image.size, (right - left, bottom - top), digest
 
 
 def _split(samples, digests, val_fraction, seed):
@@ -568,27 +638,40 @@ def _visible(character):
     return character if character.isprintable() and not character.isspace() else repr(character)
 
 
-def fitting_preprocess(items, height=None, width=None):
-    """The `Preprocess` that suits [((width, height) in pixels, label)], where none is given.
+def fitting_preprocess(items, height=None, width=None, trim=None):
+    """The `Preprocess` that suits the images and labels, where none is given.
 
-    Images of small text in much background, higher than 50 pixels in the median, get 48
-    rows of pixels, others 32. The ratio is kept, unless labels would not fit: then
+    Images are cut to their text where that leaves less than half of them in the median,
+    and get 32 rows of pixels. Others, of much detail, higher than 50 pixels in the
+    median, get 48, the rest 32. The ratio is kept, unless labels would not fit: then
     all images get one width, with at least 5 columns for 4 that the labels need.
+
+    Args:
+        items: [((width, height) of the image, the same of its text box, label)], in pixels.
+        height, width, trim: of the `Preprocess`, None for what suits.
     """
     if not items:
-        return Preprocess(height or 32, width)
-    heights = sorted(image_height for (_, image_height), _ in items)
-    height = height or (48 if heights[len(heights) // 2] > 50 else 32)
+        return Preprocess(height or 32, width, bool(trim))
+    sizes, text_sizes, labels = zip(*items, strict=True)
+    if trim is None:
+        shares = [
+            math.prod(text) / math.prod(size) for size, text in zip(sizes, text_sizes, strict=True)
+        ]
+        trim = median(shares) < 0.5
+    if trim:
+        sizes = text_sizes
+    if not height:
+        height = 32 if trim else 48 if median(h for _, h in sizes) > 50 else 32
     if width:
-        return Preprocess(height, width)
-    columns = [max(1, round(w * height / h / COLUMN)) for (w, h), _ in items]
-    needed = [columns_needed(label) for _, label in items]
+        return Preprocess(height, width, trim)
+    columns = [max(1, round(w * height / h / COLUMN)) for w, h in sizes]
+    needed = [columns_needed(label) for label in labels]
     tight = sum(1.25 * n > c for n, c in zip(needed, columns, strict=True))
     if tight <= len(items) / 20:
-        return Preprocess(height)
+        return Preprocess(height, None, trim)
     longest = sorted(needed)[int(0.995 * len(needed))]  # not that of a mistaken label
     usual = sorted(columns)[len(columns) // 2]
-    return Preprocess(height, COLUMN * max(usual, math.ceil(1.25 * longest)))
+    return Preprocess(height, COLUMN * max(usual, math.ceil(1.25 * longest)), trim)
 
 
 def data_sheet(samples, seed=0, count=48):
@@ -716,9 +799,7 @@ def main():
     )  # fmt: skip
     print("\n".join(checked.notes))
     size = checked.preprocess
-    print(
-        f"to train on it, images are resized to height {size.height}, width {size.width or 'kept'}"
-    )
+    print(f"to train on it, images are {size}")
     samples = checked.train + checked.test
     if samples:
         sheet = args.sheet or Path("save_model", f"{args.data.resolve().stem}.data.png")

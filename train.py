@@ -454,6 +454,12 @@ def parse_args():
         help=f"pixels that images are resized to, None keeps their ratio (default: "
         f"{default('width')})",
     )
+    add(
+        "--trim",
+        action=argparse.BooleanOptionalAction,
+        help="cut images to their text before they are resized (default: where that leaves less "
+        "than half of them; not for a --task)",
+    )
     add("--nh", type=gen_image.count, help=f"channels (default: {default('nh')})")
     add("--depth", type=gen_image.count, help=f"MicroBlocks (default: {default('depth')})")
     add(
@@ -581,7 +587,7 @@ def check_data(args, alphabet, preprocess=None, splits=SPLITS):
     """`dataset.check` as the flags ask for. Raises ValueError for problems, without --skip-bad."""
     checked = check(
         find_data(args), alphabet, preprocess, args.label_separator, args.val_fraction, args.seed,
-        args.ignore_case, args.train, splits, (args.height, args.width),
+        args.ignore_case, args.train, splits, (args.height, args.width), args.trim,
     )  # fmt: skip
     if checked.problems and not args.skip_bad:
         raise ValueError(
@@ -598,12 +604,14 @@ def own_settings(checked):
 
     More epochs for fewer images, but fewer steps in all; see "Your own images" in README.md.
     """
-    images, height = len(checked.train), checked.preprocess.height
+    images, size = len(checked.train), checked.preprocess
+    # Much background, or much detail: what varies in size, place and font is harder to read.
+    hard = size.trim or size.height > 32
     return {
-        "nh": 64 if height <= 32 else 128,
+        "nh": 128 if hard else 64,
         # Each block sees 4 pixels further to either side: half as much again as the height.
-        "depth": round(height / 6),
-        "epochs": min(300, max(3, round(4400 / math.sqrt(images)))),
+        "depth": max(round(size.height / 6), 8 if hard else 1),
+        "epochs": min(300, max(3, round(4700 / math.sqrt(images)))),
         "lr": 0.01,
         "power": 1,
         "averaging": 0.99,
@@ -760,7 +768,9 @@ def prepare(args, device):
     if args.task:
         alphabet = load_alphabet(args.alphabet or gen_image.TASKS[args.task]["alphabet"])
         task = TASKS[args.task]
-        preprocess = Preprocess(args.height or task["height"], args.width or task["width"])
+        preprocess = Preprocess(
+            args.height or task["height"], args.width or task["width"], bool(args.trim)
+        )
     elif args.alphabet:
         alphabet = load_alphabet(args.alphabet)
     if weights:
@@ -779,9 +789,7 @@ def prepare(args, device):
         preset |= {"nh": weights[0].nh, "depth": weights[0].depth, "flat": 0}
     print("\n".join(checked.notes))
     if not args.task:
-        size = checked.preprocess
-        print(f"images are resized to height {size.height}, width {size.width or 'kept'} "
-              "(--height, --width)")  # fmt: skip
+        print(f"images are {checked.preprocess} (--trim, --height, --width)")
         print("network: nh {nh}, depth {depth} (--nh, --depth)".format(**preset))
         print(
             "training: {epochs} epochs (--epochs), batches of {batch_size} (--batch-size), "

@@ -1,13 +1,15 @@
 """Reading images and label files: every kind that is good, and every kind that is not."""
 
 import io
+import random
 import struct
 import zlib
+from statistics import median
 
 import numpy as np
 import pytest
 from conftest import assert_clear_error, run_script
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from dataset import (
     MAX_PIXELS,
@@ -20,6 +22,7 @@ from dataset import (
     fitting_preprocess,
     read_image,
     read_label_file,
+    text_box,
 )
 
 
@@ -276,15 +279,55 @@ def test_given_separator_and_folded_case(tmp_path):
 
 
 def test_the_size_fits_the_labels():
-    assert fitting_preprocess([((160, 40), "abcd")] * 20) == Preprocess(32, None)
-    assert fitting_preprocess([((430, 80), "abcd")] * 20) == Preprocess(48, None)
-    assert fitting_preprocess([((430, 80), "abcd")], width=128) == Preprocess(48, 128)
-    assert fitting_preprocess([((430, 80), "abcd")], height=64) == Preprocess(64, None)
-    tall = [((40, 60), "12345678")] * 40
-    wide = fitting_preprocess(tall)
+    def fitting(size, label, text=None, **given):
+        return fitting_preprocess([(size, text or size, label)] * 20, **given)
+
+    assert fitting((160, 40), "abcd") == Preprocess(32, None)
+    assert fitting((430, 80), "abcd") == Preprocess(48, None)
+    assert fitting((430, 80), "abcd", width=128) == Preprocess(48, 128)
+    assert fitting((430, 80), "abcd", height=64) == Preprocess(64, None)
+    assert fitting((430, 80), "abcd", text=(200, 60)) == Preprocess(32, None, True)
+    assert fitting((430, 80), "abcd", text=(400, 60)) == Preprocess(48, None)
+    assert fitting((430, 80), "abcd", text=(200, 60), trim=False) == Preprocess(48, None)
+    wide = fitting((40, 60), "12345678")
     assert wide.width // 4 >= 10
-    mistaken = fitting_preprocess([*tall * 10, ((40, 60), "1" * 300)])
+    # Not what the image has room for, but what its text has.
+    assert fitting((430, 80), "12345678", text=(30, 60)).width // 4 >= 10
+    tall = ((40, 60), (40, 60))
+    mistaken = fitting_preprocess([*[(*tall, "12345678")] * 400, (*tall, "1" * 300)])
     assert mistaken == wide
+
+
+def test_text_is_found_in_much_background():
+    """Of any size, anywhere, light or dark, with lines across: all of it, and little else."""
+    rng, times = random.Random(0), []
+    for turn in range(60):
+        ground, ink = rng.sample([(255, 250, 240), (20, 30, 60)], 2)
+        image = Image.new("RGB", (400, 90), ground)
+        draw = ImageDraw.Draw(image)
+        for _ in range(turn % 3):
+            points = [(x, rng.randrange(90)) for x in (0, 399)]
+            draw.line(points, fill=ink)
+        font = ImageFont.load_default(rng.randrange(18, 40))
+        place = rng.randrange(10, 150), rng.randrange(5, 40)
+        text = "".join(rng.choices("ABEHKMRSX2345689", k=rng.randrange(4, 8)))
+        draw.text(place, text, font=font, fill=ink)
+        left, top, right, bottom = draw.textbbox(place, text, font=font)
+        found = text_box(image)
+        assert found[0] <= left and found[1] <= top, text
+        assert found[2] >= right and found[3] >= bottom, text
+        area = (found[2] - found[0]) * (found[3] - found[1])
+        times.append(area / (right - left) / (bottom - top))
+    assert median(times) < 3
+
+
+@pytest.mark.parametrize("size", [(2, 2), (2, 90), (90, 2), (33, 17)])
+def test_an_image_without_text_is_kept_whole(size):
+    assert text_box(Image.new("RGB", size, "red")) == (0, 0, *size)
+    noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)
+    left, top, right, bottom = text_box(Image.fromarray(noise))
+    assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
+    assert Preprocess(trim=True)(Image.fromarray(noise)).shape[1] == 32
 
 
 def test_the_report(tmp_path):

@@ -6,12 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, assert_clear_error, run_script
 from PIL import Image
 
+from infer_tool import RecInfer
 from model import MicroNet
 from train import SAMPLED, learning_rate, sample_classes, supported_by
 
@@ -64,6 +66,31 @@ def test_same_seed_same_weights_and_earlier_runs_are_kept(digits, tmp_path):
     first, again, other = (weights(saved / f"{NAME}{number}.pth") for number in (".1", ".2", ""))
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not torch.equal(first["linear.weight"], other["linear.weight"])
+
+
+def test_images_of_much_background_are_cut_to_their_text(digits, tmp_path):
+    folder, lines = tmp_path / "set", (digits / "train.txt").read_text(encoding="utf-8")
+    folder.mkdir()
+    shares = {}  # of pixels that are not background
+    for line in lines.splitlines()[:60]:
+        path, label = line.split("\t")
+        image = Image.open(digits / path)
+        large = Image.new("RGB", (3 * image.width, 3 * image.height), image.getpixel((0, 0)))
+        large.paste(image, (image.width, image.height))
+        large.save(folder / f"{label}_{Path(path).stem}.png")
+    for flags, trim in ([], True), (["--no-trim"], False):
+        process = train_briefly(folder, tmp_path, *flags)
+        assert ("images are cut to their text" in process.stdout) == trim, process.stderr
+        weights = tmp_path / "save_model" / "set_nh16_depth2.pth"
+        exported = weights.with_suffix(".onnx")
+        flags = ["--weights", weights, "--out", exported]
+        assert run_script("infer_tool.py", "export", *flags, cwd=tmp_path).returncode == 0
+        for path in weights, exported:
+            preprocess = RecInfer(path).preprocess
+            assert preprocess.trim == trim
+            pixels = preprocess(large).astype(int)
+            shares[trim] = (abs(pixels - pixels[:, :1, :1]).max(0) > 60).mean()
+    assert shares[True] > 3 * shares[False]
 
 
 def test_start_from_weights(trained, digits, tmp_path):
