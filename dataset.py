@@ -39,12 +39,12 @@ MAX_PIXELS = 2**23  # of an image file, 8.4 million: checked before it is decode
 MAX_WIDTH = 4096  # pixels, after resizing
 # What people keep images in. Pillow knows more, some by starting other programs.
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
-INK = 30  # of 255: what differs less from an image's edges is background
 SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 SPLITS = ("train", "test")
 # What may stand between a label and the rest of a file name.
 SEPARATORS = "_-.#@~"
 SHEET_IMAGE = (320, 96)  # pixels of an image on a contact sheet, at most
+INK = 30  # of 255: what differs less from an image's edges is background
 RARE = 5  # a character seen less often is hardly learnt
 # Where systems keep a font with Chinese characters, best known first.
 CHINESE_FONTS = (
@@ -208,6 +208,7 @@ def text_box(image):
     """
     pixels = np.asarray(image).astype(np.int16)
     height, width = pixels.shape[:2]
+    whole = 0, 0, width, height
     edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     ground = np.median(edges, axis=0).astype(np.int16)
     ink = np.abs(pixels - ground).max(2) > INK
@@ -215,18 +216,18 @@ def text_box(image):
     runs = _moving_mean(runs, min(3, height))
     rows = np.flatnonzero(runs > max(2.2, 0.3 * np.percentile(runs, 90)))
     if not len(rows):
-        return 0, 0, width, height
+        return whole
     # Accents and the dots of i stand apart from their line, other lines further.
     parts = np.split(rows, np.flatnonzero(np.diff(rows) > height // 20) + 1)
     rows = max(parts, key=lambda part: runs[part].sum())
     top, bottom = int(rows[0]), int(rows[-1]) + 1
     size = bottom - top
     if size < max(3, height / 10):
-        return 0, 0, width, height
+        return whole
     amount = _moving_mean(ink[top:bottom].sum(0), min(max(3, size // 4), width))
     columns = np.flatnonzero(amount > 0.08 * size + 0.7)
     if not len(columns):
-        return 0, 0, width, height
+        return whole
     left, right = int(columns[0]), int(columns[-1]) + 1
     return (
         max(0, left - size // 2),
@@ -661,7 +662,8 @@ def fitting_preprocess(items, height=None, width=None, trim=None):
     if trim:
         sizes = text_sizes
     if not height:
-        height = 32 if trim else 48 if median(h for _, h in sizes) > 50 else 32
+        detailed = not trim and median(h for _, h in sizes) > 50
+        height = 48 if detailed else 32
     if width:
         return Preprocess(height, width, trim)
     columns = [max(1, round(w * height / h / COLUMN)) for w, h in sizes]
@@ -798,8 +800,7 @@ def main():
         args.ignore_case,
     )  # fmt: skip
     print("\n".join(checked.notes))
-    size = checked.preprocess
-    print(f"to train on it, images are {size}")
+    print(f"to train on it, images are {checked.preprocess}")
     samples = checked.train + checked.test
     if samples:
         sheet = args.sheet or Path("save_model", f"{args.data.resolve().stem}.data.png")

@@ -607,6 +607,8 @@ def own_settings(checked):
     images, size = len(checked.train), checked.preprocess
     # Much background, or much detail: what varies in size, place and font is harder to read.
     hard = size.trim or size.height > 32
+    # Looks are for many fonts: where there is one, they blur what tells 0 from O.
+    small_set = "looks" if hard else "affine"
     return {
         "nh": 128 if hard else 64,
         # Each block sees 4 pixels further to either side: half as much again as the height.
@@ -617,8 +619,7 @@ def own_settings(checked):
         "averaging": 0.99,
         "flat": 300,
         "muon": 2,
-        # Looks are for many fonts: where there is one, they blur what tells 0 from O.
-        "augment": "shift" if images >= 20000 else "looks" if hard else "affine",
+        "augment": "shift" if images >= 20000 else small_set,
         "batch_size": 32,
         "amp": True,
     }
