@@ -560,9 +560,9 @@ def parse_args():
             raise ValueError(f"--{flag} {getattr(args, flag)}: must be a multiple of {COLUMN}")
     if args.fine_tune and not args.weights:
         raise ValueError("--fine-tune: needs the --weights to start from")
-    given = ["width", "height", "nh", "depth", *([] if args.fine_tune else ["alphabet"])]
+    given = ["width", "height", "trim", "nh", "depth", *([] if args.fine_tune else ["alphabet"])]
     for flag in given:
-        if (args.weights or args.evaluate or args.calibrate) and getattr(args, flag):
+        if (args.weights or args.evaluate or args.calibrate) and getattr(args, flag) is not None:
             raise ValueError(f"--{flag}: is given by the weights, leave it out")
     if args.mistakes and not args.evaluate:
         raise ValueError("--mistakes: is a part of --evaluate")

@@ -191,6 +191,7 @@ def test_bad_input(digits, trained, tmp_path):
         (["--evaluate", "--weights", "text.pth"], ["text.pth", "not a MicroOCR checkpoint"]),
         (["--evaluate", "--weights", "none.pth"], ["none.pth", "cannot be read"]),
         (["--weights", "none.pth", "--nh", "8"], ["--nh"]),
+        (["--weights", "none.pth", "--no-trim"], ["--trim", "leave it out"]),
         (["--mistakes", "wrong.png"], ["--mistakes", "--evaluate"]),
         ([*data, "--fine-tune"], ["--fine-tune", "--weights"]),
         ([*data, "--ema", "1"], ["--ema"]),
