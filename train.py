@@ -1168,6 +1168,7 @@ def start_processes(args):
 
 def lost_process(error):
     """End this process because it cannot reach another one, and say so."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's would cut the message off
     rank, world = processes()
     reason = str(error).split("\n")[0]
     print(
