@@ -643,7 +643,7 @@ def fitting_preprocess(items, height=None, width=None, trim=None):
     """The `Preprocess` that suits the images and labels, where none is given.
 
     Images are cut to their text where that leaves less than half of them in the median,
-    and get 32 rows of pixels. Others, of much detail, higher than 50 pixels in the
+    and get 40 rows of pixels. Others, of much detail, higher than 50 pixels in the
     median, get 48, the rest 32. The ratio is kept, unless labels would not fit: then
     all images get one width, with at least 5 columns for 4 that the labels need.
 
@@ -662,8 +662,8 @@ def fitting_preprocess(items, height=None, width=None, trim=None):
     if trim:
         sizes = text_sizes
     if not height:
-        detailed = not trim and median(h for _, h in sizes) > 50
-        height = 48 if detailed else 32
+        detailed = median(h for _, h in sizes) > 50
+        height = 40 if trim else 48 if detailed else 32
     if width:
         return Preprocess(height, width, trim)
     columns = [max(1, round(w * height / h / COLUMN)) for w, h in sizes]
