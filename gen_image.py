@@ -5,7 +5,7 @@
     python gen_image.py --task chinese          # the 3,755 characters of GB 2312 level 1
     python gen_image.py --length 3-8 --alphabet digits --out data/digits
     python gen_image.py --font A.ttf --font B.ttf --seed 7 --force
-    python gen_image.py --task complex --often O0 --seed 1 --out data/complex_often
+    python gen_image.py --often 0o --out data/often     # drawn more often than others
 
 A data set is a folder:
 
@@ -39,24 +39,20 @@ from tqdm import tqdm
 from dataset import contact_sheet, find_chinese_font
 from keys import load_alphabet
 
-# width: pixels a character, at that height.
+# width: pixels a character, at that height. often: see --often.
 TASKS = {
-    "simple": {"alphabet": "alnum59", "width": 32, "height": 32, "train": 5000, "test": 500},
+    "simple": {
+        "alphabet": "alnum59", "width": 32, "height": 32, "train": 5000, "test": 500, "often": "",
+    },
     "complex": {
-        "alphabet": "digits_upper",
-        "width": 40,
-        "height": 60,
-        "train": 100000,
-        "test": 2000,
+        "alphabet": "digits_upper", "width": 40, "height": 60, "train": 240000, "test": 2000,
+        "often": "O0",
     },
     "chinese": {
-        "alphabet": "gb2312_level1",
-        "width": 32,
-        "height": 32,
-        "train": 60000,
-        "test": 2000,
+        "alphabet": "gb2312_level1", "width": 32, "height": 32, "train": 60000, "test": 2000,
+        "often": "",
     },
-}
+}  # fmt: skip
 LENGTH = "4"
 OFTEN = 8  # times as often as others are the characters of --often drawn
 SPLITS = ("train", "test")
@@ -347,10 +343,9 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         "--often",
-        default="",
         metavar="CHARACTERS",
         help=f"are drawn {OFTEN} times as often as others in training images: those that a "
-        "training confuses",
+        "training confuses (default: O0 for complex with its own alphabet, else none)",
     )
     parser.add_argument(
         "--font",
@@ -380,6 +375,8 @@ def parse_args(argv=None):
     task = TASKS[args.task]
     args.out = args.out or Path("data") / args.task
     args.train, args.test = args.train or task["train"], args.test or task["test"]
+    if args.often is None:
+        args.often = "" if args.alphabet else task["often"]
     args.alphabet = load_alphabet(args.alphabet or task["alphabet"])
     unknown = set(args.often) - set(args.alphabet)
     if unknown:

@@ -85,13 +85,18 @@ def test_complex_images_are_the_captcha_packages_own_but_seeded(tmp_path):
     assert digest(tmp_path / "two") == first
     assert len(set(first.values())) == len(first)
     lines = (tmp_path / "one" / "train.txt").read_text(encoding="utf-8").splitlines()
-    assert set("".join(line.split("\t")[1] for line in lines)) == set(ALPHABETS["digits_upper"])
+    text = "".join(line.split("\t")[1] for line in lines)
+    assert set(text) == set(ALPHABETS["digits_upper"])
+    assert min(text.count("O"), text.count("0")) > 4 * len(text) / 36  # hard to tell apart
     with Image.open(tmp_path / "one" / "train" / "00000.png") as image:
         assert (image.size, image.mode) == ((160, 60), "RGB")
     assert (ImageCaptcha.character_rotate, ImageCaptcha.character_warp_dx) == (
         (-30, 30),
         (0.1, 0.3),
     )
+    flags += ["--alphabet", "digits", "--out", tmp_path / "digits"]  # no O to draw often
+    process = run_script("gen_image.py", *flags, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
 
 
 def test_chinese_images_hold_the_whole_alphabet(tmp_path):
