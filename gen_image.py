@@ -42,7 +42,7 @@ from keys import load_alphabet
 # width: pixels a character, at that height. often: see --often.
 TASKS = {
     "simple": {
-        "alphabet": "alnum59", "width": 32, "height": 32, "train": 5000, "test": 500, "often": "",
+        "alphabet": "alnum59", "width": 32, "height": 32, "train": 5000, "test": 500,
     },
     "complex": {
         "alphabet": "digits_upper", "width": 40, "height": 60, "train": 240000, "test": 2000,
@@ -50,7 +50,6 @@ TASKS = {
     },
     "chinese": {
         "alphabet": "gb2312_level1", "width": 32, "height": 32, "train": 60000, "test": 2000,
-        "often": "",
     },
 }  # fmt: skip
 LENGTH = "4"
@@ -308,8 +307,10 @@ def count(text):
 
 
 def defaults(setting, tasks=TASKS):
-    """A setting of all tasks, as the help texts show it: "A for simple, B for complex"."""
-    return ", ".join(f"{task[setting]} for {name}" for name, task in tasks.items())
+    """A setting of all tasks that have it, for help texts: "A for simple, B for complex"."""
+    return ", ".join(
+        f"{task[setting]} for {name}" for name, task in tasks.items() if setting in task
+    )
 
 
 def parse_args(argv=None):
@@ -345,7 +346,7 @@ def parse_args(argv=None):
         "--often",
         metavar="CHARACTERS",
         help=f"are drawn {OFTEN} times as often as others in training images: those that a "
-        "training confuses (default: O0 for complex with its own alphabet, else none)",
+        f"training confuses (default: {defaults('often')} with its own alphabet, else none)",
     )
     parser.add_argument(
         "--font",
@@ -376,7 +377,7 @@ def parse_args(argv=None):
     args.out = args.out or Path("data") / args.task
     args.train, args.test = args.train or task["train"], args.test or task["test"]
     if args.often is None:
-        args.often = "" if args.alphabet else task["often"]
+        args.often = "" if args.alphabet else task.get("often", "")
     args.alphabet = load_alphabet(args.alphabet or task["alphabet"])
     unknown = set(args.often) - set(args.alphabet)
     if unknown:
