@@ -32,7 +32,7 @@ from keys import check_alphabet
 ROOT = Path(__file__).resolve().parent
 SHIPPED_WEIGHTS = {
     "simple": ROOT / "assets" / "weights" / "simple_nh16_depth2.pth",
-    "complex": ROOT / "assets" / "weights" / "complex_nh128_depth6.pth",
+    "complex": ROOT / "assets" / "weights" / "complex_nh128_depth8.pth",
     "chinese": ROOT / "assets" / "weights" / "chinese_nh64_depth4.pth",
 }
 SAVE_FOLDER = Path("save_model")  # where train.py writes

@@ -81,7 +81,7 @@ TASKS = {
         "amp": False,
     },
     "complex": {
-        "height": 60, "width": 160, "nh": 128, "depth": 6, "epochs": 5, "lr": 0.01, "power": 1,
+        "height": 60, "width": 160, "nh": 128, "depth": 8, "epochs": 4, "lr": 0.01, "power": 1,
         "averaging": 0.995, "flat": 0, "muon": 2, "augment": "shift", "batch_size": 64,
         "amp": True,
     },
