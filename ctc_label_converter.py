@@ -35,6 +35,7 @@ class Search:
         subset: characters that a text may hold, None: all.
         lexicon: the texts to choose from, None: any. All are compared, without a beam.
 
+    Where no length is given, nor a lexicon, that of the `CTCLabelConverter` holds.
     A subset makes the probabilities conditional on it: they tell how probable a text
     is among those that it allows. So does a lexicon. A length does not.
     """
@@ -61,13 +62,19 @@ class CTCLabelConverter:
         temperature: what logits are divided by before they become probabilities, greater
             than 0. Fitted after the training, it makes the confidences say how often
             texts are right (Guo et al., ICML 2017). It changes no greedy text.
+        length: characters that every text has, at least 1; None for any number.
+
+    Raises ValueError for another temperature or length.
     """
 
-    def __init__(self, alphabet, temperature=1.0):
+    def __init__(self, alphabet, temperature=1.0, length=None):
         if not 0 < temperature < math.inf:
             raise ValueError(f"the temperature {temperature} is not greater than 0")
+        if length is not None and not (isinstance(length, int) and length >= 1):
+            raise ValueError(f"the length {length!r} is not at least 1")
         self.alphabet = alphabet
         self.temperature = temperature
+        self.length = length
         self.nclass = len(alphabet) + 1
         self._class_of = {character: i for i, character in enumerate(alphabet, 1)}
         self._character_of = np.array(["", *alphabet])
@@ -89,6 +96,9 @@ class CTCLabelConverter:
 
     def decode(self, logits, columns=None):
         """Greedy decoding: the best class of each column, repeats merged, blanks removed.
+
+        A text that comes out longer or shorter than ``length`` is searched once more, for
+        the most probable one of that many characters.
 
         Args:
             logits: (N, T, nclass) float array.
@@ -118,7 +128,7 @@ class CTCLabelConverter:
 
         confidences = text_probability(probs, targets, columns, lengths)
         ends = np.cumsum(lengths)
-        return [
+        readings = [
             Reading(
                 "".join(self._character_of[targets[a:b]]),
                 float(confidence),
@@ -126,6 +136,10 @@ class CTCLabelConverter:
             )
             for a, b, confidence in zip(ends - lengths, ends, confidences, strict=True)
         ]
+        if self.length is not None:
+            for i in np.flatnonzero(lengths != self.length):
+                [readings[i]] = self.search(logits[i : i + 1, : columns[i]], Search())
+        return readings
 
     def search(self, logits, search):
         """The most probable texts of each image, summed over their alignments.
@@ -158,13 +172,16 @@ class CTCLabelConverter:
             ]
             if not words:
                 raise ValueError("no text of the lexicon fits the alphabet and the constraints")
+        shortest, longest = search.shortest, search.longest
+        if self.length is not None and not shortest and longest is None:
+            shortest = longest = self.length
         readings = []
         for image in probs:
             if words is None:
                 found = [
                     ("".join(self._character_of[list(prefix)]), probability)
                     for prefix, probability in prefix_beam_search(
-                        image, search.beam, search.shortest, search.longest
+                        image, search.beam, shortest, longest
                     )
                 ]
             else:

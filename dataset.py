@@ -464,7 +464,7 @@ class Checked(NamedTuple):
 
 def check(
     data, alphabet=None, preprocess=None, separator=None, val_fraction=0.1, seed=0,
-    ignore_case=False, limit=None, splits=SPLITS, size=(None, None), trim=None,
+    ignore_case=False, limit=None, splits=SPLITS, size=(None, None), trim=None, length=None,
 ):  # fmt: skip
     """Look at every image and label of a data set.
 
@@ -478,6 +478,7 @@ def check(
         limit: take only the first so many training images.
         splits: those that are wanted.
         size, trim: (height, width) and trim of the `Preprocess`, None for what fits.
+        length: characters that every label must have, None for any number.
 
     Returns:
         a `Checked`.
@@ -536,6 +537,13 @@ def check(
         if unknown:
             shown = " ".join(map(repr, unknown))
             refuse(sample, f"is labelled {sample.label!r}, {shown} not in the alphabet")
+            continue
+        if length not in (None, len(sample.label)):
+            refuse(
+                sample,
+                f"is labelled {sample.label!r}, which has {len(sample.label)} characters, not "
+                f"{length} (--length, 0 for any)",
+            )
             continue
         try:
             columns = preprocess.width_of(*resized[sample.path]) // COLUMN

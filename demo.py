@@ -94,7 +94,11 @@ def parse_args():
     )
     add("--beam", type=int, metavar="N", help="search with a beam of N prefixes (default: greedy)")
     add("--top", type=int, default=1, metavar="K", help="the K best texts (default: %(default)s)")
-    add("--length", metavar="N or N-M", help="characters that a text may have")
+    add(
+        "--length",
+        metavar="N or N-M",
+        help="characters that a text may have (default: what the weights were trained for)",
+    )
     add("--alphabet-subset", metavar="NAME", help="alphabet's name or file, or the characters")
     add("--lexicon", type=Path, metavar="FILE", help="UTF-8, a text a line: read one of these")
     args = parser.parse_args()

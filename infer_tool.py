@@ -78,7 +78,9 @@ def load_checkpoint(path):
         # and takes the tensors that were loaded.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         converter = CTCLabelConverter(
-            check_alphabet(checkpoint["alphabet"]), float(checkpoint.get("temperature", 1))
+            check_alphabet(checkpoint["alphabet"]),
+            float(checkpoint.get("temperature", 1)),
+            checkpoint.get("length"),
         )
         preprocess = Preprocess(**checkpoint["preprocess"])
         nh, depth, state = checkpoint["nh"], checkpoint["depth"], checkpoint["state_dict"]
@@ -193,7 +195,9 @@ def load_onnx(path, threads=None):
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         metadata = session.get_modelmeta().custom_metadata_map
         converter = CTCLabelConverter(
-            check_alphabet(metadata["alphabet"]), float(metadata["temperature"])
+            check_alphabet(metadata["alphabet"]),
+            float(metadata["temperature"]),
+            json.loads(metadata.get("length", "null")),
         )
         preprocess = Preprocess(**json.loads(metadata["preprocess"]))
         [images], [logits] = session.get_inputs(), session.get_outputs()
@@ -335,7 +339,7 @@ def export(weights, out):
     """Write the checkpoint ``weights`` as the ONNX file ``out``, and compare the two.
 
     Batch size and width stay free. The file's metadata hold the "alphabet", the
-    "temperature" and, in JSON, the "preprocess".
+    "temperature" and, in JSON, the "length" and the "preprocess".
 
     Returns:
         (images, difference): the number of sample images that were read with both, and
@@ -378,6 +382,7 @@ def export(weights, out):
             {
                 "alphabet": converter.alphabet,
                 "temperature": repr(converter.temperature),
+                "length": json.dumps(converter.length),
                 "preprocess": json.dumps(asdict(preprocess)),
             },
         )

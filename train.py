@@ -73,7 +73,7 @@ from model import MicroNet
 # cosine that the learning rates follow. averaging: see AveragedModel below. flat: steps
 # over which a flat start gives way to CTC, see loss.py. muon: rate of Muon in
 # multiples of lr, 0 for AdamW alone. amp: compute in bfloat16 where the CPU has instructions
-# for it.
+# for it. length: characters that every text has, any number without it.
 TASKS = {
     "simple": {
         "height": 32, "width": None, "nh": 16, "depth": 2, "epochs": 35, "lr": 0.04, "power": 4,
@@ -83,12 +83,12 @@ TASKS = {
     "complex": {
         "height": 60, "width": 160, "nh": 128, "depth": 8, "epochs": 4, "lr": 0.01, "power": 1,
         "averaging": 0.995, "flat": 0, "muon": 2, "augment": "shift", "batch_size": 64,
-        "amp": True,
+        "amp": True, "length": 4,
     },
     "chinese": {
         "height": 32, "width": None, "nh": 64, "depth": 4, "epochs": 3, "lr": 0.01, "power": 1,
         "averaging": 0.995, "flat": 250, "muon": 0, "augment": "shift", "batch_size": 64,
-        "amp": False,
+        "amp": False, "length": 4,
     },
 }  # fmt: skip
 WARM_UP = 80  # steps
@@ -309,7 +309,8 @@ def fit_temperature(model, batches, converter, preprocess, device):
         logits = model(images, batch.widths).cpu().numpy()
         columns = (batch.widths // COLUMN).numpy()
         for temperature in TEMPERATURES:
-            readings = CTCLabelConverter(converter.alphabet, temperature).decode(logits, columns)
+            scaled = CTCLabelConverter(converter.alphabet, temperature, converter.length)
+            readings = scaled.decode(logits, columns)
             for reading, label in zip(readings, batch.labels, strict=True):
                 right = reading.text == label
                 share = reading.confidence if right else 1 - reading.confidence
@@ -336,6 +337,7 @@ def save_checkpoint(path, model, converter, preprocess, half):
         "depth": model.depth,
         "alphabet": converter.alphabet,
         "temperature": converter.temperature,
+        "length": converter.length,
         "preprocess": asdict(preprocess),
         "state_dict": state,
     }
@@ -460,6 +462,13 @@ def parse_args():
         help="cut images to their text before they are resized (default: where that leaves less "
         "than half of them; not for a --task)",
     )
+    add(
+        "--length",
+        type=int,
+        metavar="N",
+        help="characters that every text has, 0 for any number (default: what --weights have, "
+        f"{default('length')}, any for others)",
+    )
     add("--nh", type=gen_image.count, help=f"channels (default: {default('nh')})")
     add("--depth", type=gen_image.count, help=f"MicroBlocks (default: {default('depth')})")
     add(
@@ -558,12 +567,16 @@ def parse_args():
     for flag in ("width", "height"):
         if (getattr(args, flag) or 0) % COLUMN:
             raise ValueError(f"--{flag} {getattr(args, flag)}: must be a multiple of {COLUMN}")
+    if (args.length or 0) < 0:
+        raise ValueError(f"--length {args.length}: must be at least 1, or 0 for any")
     if args.fine_tune and not args.weights:
         raise ValueError("--fine-tune: needs the --weights to start from")
     given = ["width", "height", "trim", "nh", "depth", *([] if args.fine_tune else ["alphabet"])]
     for flag in given:
         if (args.weights or args.evaluate or args.calibrate) and getattr(args, flag) is not None:
             raise ValueError(f"--{flag}: is given by the weights, leave it out")
+    if args.calibrate and args.length is not None:
+        raise ValueError("--length: is given by the weights, leave it out")
     if args.mistakes and not args.evaluate:
         raise ValueError("--mistakes: is a part of --evaluate")
     if args.data is None and args.task is None:
@@ -583,11 +596,24 @@ def find_data(args):
     return folder
 
 
-def check_data(args, alphabet, preprocess=None, splits=SPLITS):
+def text_length(args, converter=None):
+    """Characters that every text has, None for any: as --length, the weights or the task say.
+
+    Args:
+        converter: that of the weights to read with or to go on from, None without.
+    """
+    if args.length is not None:
+        return args.length or None
+    if converter:
+        return converter.length
+    return TASKS[args.task].get("length") if args.task else None
+
+
+def check_data(args, alphabet, length, preprocess=None, splits=SPLITS):
     """`dataset.check` as the flags ask for. Raises ValueError for problems, without --skip-bad."""
     checked = check(
         find_data(args), alphabet, preprocess, args.label_separator, args.val_fraction, args.seed,
-        args.ignore_case, args.train, splits, (args.height, args.width), args.trim,
+        args.ignore_case, args.train, splits, (args.height, args.width), args.trim, length,
     )  # fmt: skip
     if checked.problems and not args.skip_bad:
         raise ValueError(
@@ -625,13 +651,14 @@ def own_settings(checked):
     }
 
 
-def make_network(weights, fine_tune, alphabet, preprocess, nh, depth):
+def make_network(weights, fine_tune, alphabet, preprocess, nh, depth, length):
     """Return (model, converter, preprocess), of the weights to start from or new."""
     if not weights:
         model = MicroNet(nh, depth, len(alphabet) + 1, preprocess.height)
-        return model, CTCLabelConverter(alphabet), preprocess
+        return model, CTCLabelConverter(alphabet, length=length), preprocess
     start, converter, preprocess = load_checkpoint(weights)
     if not fine_tune:
+        converter.length = length
         return start, converter, preprocess
     model = MicroNet(start.nh, start.depth, len(alphabet) + 1, preprocess.height)
     state = start.state_dict()
@@ -644,7 +671,7 @@ def make_network(weights, fine_tune, alphabet, preprocess, nh, depth):
         state[name] = rows
     model.load_state_dict(state)
     print(f"{len(kept)} of {len(alphabet)} characters are known to {weights}")
-    return model, CTCLabelConverter(alphabet), preprocess
+    return model, CTCLabelConverter(alphabet, length=length), preprocess
 
 
 def check_writable(folder):
@@ -672,7 +699,8 @@ def in_order(samples, checked, preprocess, converter):
 def load_test_set(args, weights):
     """Returns (model, converter, preprocess, checked, batches) of weights and the test images."""
     model, converter, preprocess = load_checkpoint(weights)
-    checked = check_data(args, converter.alphabet, preprocess, ["test"])
+    converter.length = text_length(args, converter)
+    checked = check_data(args, converter.alphabet, converter.length, preprocess, ["test"])
     report_skipped(args, checked, args.out / f"{weights.stem}.skipped.txt")
     batches = in_order(checked.test, checked, preprocess, converter)
     return model, converter, preprocess, checked, batches
@@ -746,7 +774,7 @@ def calibrate(checkpoint, batches, device):
     half = any(tensor.dtype == torch.float16 for tensor in saved.values())
     model.to(device)
     temperature = fit_temperature(model, batches, converter, preprocess, device)
-    converter = CTCLabelConverter(converter.alphabet, temperature)
+    converter = CTCLabelConverter(converter.alphabet, temperature, converter.length)
     save_checkpoint(checkpoint, model, converter, preprocess, half)
 
 
@@ -778,7 +806,8 @@ def prepare(args, device):
     if weights:
         alphabet = alphabet if args.fine_tune else weights[1].alphabet
         preprocess = weights[2]
-    checked = check_data(args, alphabet, preprocess)
+    length = text_length(args, weights[1] if weights and not args.fine_tune else None)
+    checked = check_data(args, alphabet, length, preprocess)
     preset = dict(TASKS[args.task] if args.task else own_settings(checked))
     preset.pop("height", None), preset.pop("width", None)  # those of checked.preprocess count
     flags = {"averaging": "ema"}
@@ -789,6 +818,7 @@ def prepare(args, device):
         preset["amp"] &= fast_bfloat16(device)
     if weights:  # which know where the characters are: no flat start
         preset |= {"nh": weights[0].nh, "depth": weights[0].depth, "flat": 0}
+    preset["length"] = length
     print("\n".join(checked.notes))
     if not args.task:
         print(f"images are {checked.preprocess} (--trim, --height, --width)")
@@ -1003,7 +1033,7 @@ def train(args, device):
     torch.manual_seed(args.seed)
     model, converter, preprocess = make_network(
         args.weights, args.fine_tune, checked.alphabet, checked.preprocess, preset["nh"],
-        preset["depth"],
+        preset["depth"], preset["length"],
     )  # fmt: skip
     model.to(device)
     source = args.data.resolve() if args.data else None

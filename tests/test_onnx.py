@@ -24,6 +24,7 @@ def test_shipped_networks_are_exports_of_the_shipped_checkpoints():
         assert one.preprocess == two.preprocess
         assert one.converter.alphabet == two.converter.alphabet
         assert one.converter.temperature == two.converter.temperature
+        assert one.converter.length == two.converter.length
         for image in sorted((ROOT / "assets" / "samples").glob("*/*.png")):
             assert_same(one.predict(image), two.predict(image), 1e-4)
 

@@ -50,6 +50,31 @@ def test_the_best_text_of_those_allowed(logits, search, allowed):
         assert len(reading.char_confidences) == len(reading.text)
 
 
+def test_texts_of_another_length_are_searched_for_the_known_one(logits):
+    columns = np.tile(np.arange(1, COLUMNS + 1), len(logits) // COLUMNS)
+    greedy = CTCLabelConverter(ALPHABET).decode(logits, columns)
+    known = CTCLabelConverter(ALPHABET, length=2)
+    kept = 0
+    for i, reading in enumerate(known.decode(logits, columns)):
+        if len(greedy[i].text) == 2:
+            assert reading == greedy[i]
+            kept += 1
+        elif columns[i] == 1:  # too narrow for two
+            assert (reading.text, reading.confidence) == ("", 0.0)
+        else:
+            [best] = CTCLabelConverter(ALPHABET).search(
+                logits[i : i + 1, : columns[i]], Search(shortest=2, longest=2)
+            )
+            assert reading == best
+            assert len(best.text) == 2
+    assert 0 < kept < len(greedy)
+    [free] = CTCLabelConverter(ALPHABET).search(logits[:1], Search(shortest=1, longest=9))
+    assert known.search(logits[:1], Search(shortest=1, longest=9)) == [free]
+    for wrong in (0, -1, 2.5, "4"):
+        with pytest.raises(ValueError, match="length"):
+            CTCLabelConverter(ALPHABET, length=wrong)
+
+
 def test_a_beam_finds_what_greedy_decoding_misses():
     # Graves et al. 2006, figure 2: the best path spells nothing, yet "a" is more probable.
     logits = np.log([[[0.55, 0.45 - 2e-9, 1e-9, 1e-9]] * 2])

@@ -113,6 +113,32 @@ def test_half_precision_halves_the_file_and_reads_the_same(trained, digits, tmp_
     assert f"word accuracy {accuracy:.4f}" in read
 
 
+def test_a_known_length_is_carried_by_the_weights(trained, digits, tmp_path):
+    start = trained[0] / "save_model" / f"{NAME}.pth"
+    flags = ["--data", digits, "--weights", start, "--length", 3, "--epochs", 1, "--lr", 1e-9]
+    refused = run_script("train.py", *flags, cwd=tmp_path)
+    assert_clear_error(refused, "train.txt:", "4 characters, not 3 (--length, 0 for any)")
+    process = run_script("train.py", *flags, "--skip-bad", cwd=tmp_path)
+    three = tmp_path / "save_model" / f"{NAME}.pth"
+    flags = ["export", "--weights", three, "--out", tmp_path / "three.onnx"]
+    assert run_script("infer_tool.py", *flags, cwd=tmp_path).returncode == 0, process.stderr
+
+    images = sorted((digits / "test").glob("*.png"))
+    free = [reading.text for reading in RecInfer(start).predict(images)]
+    assert {len(text) for text in free} >= {3, 4}
+    for weights in three, tmp_path / "three.onnx":
+        texts = [reading.text for reading in RecInfer(weights).predict(images)]
+        assert all(len(text) == 3 for text in texts)
+        assert all(text == own for text, own in zip(texts, free, strict=True) if len(own) == 3)
+    flags = ["--evaluate", "--data", digits]
+    assert_clear_error(run_script("train.py", *flags, cwd=tmp_path), "test.txt:", "not 3")
+    last = [
+        run_script("train.py", *flags, "--length", 0, cwd=folder).stdout.splitlines()[-1]
+        for folder in (tmp_path, trained[0])
+    ]
+    assert last[0] == last[1]
+
+
 def test_evaluation_shows_the_mistakes(trained, digits, tmp_path):
     shutil.copytree(digits, tmp_path / "data")
     lines = (digits / "test.txt").read_text(encoding="utf-8").splitlines()
