@@ -572,11 +572,10 @@ def parse_args():
     if args.fine_tune and not args.weights:
         raise ValueError("--fine-tune: needs the --weights to start from")
     given = ["width", "height", "trim", "nh", "depth", *([] if args.fine_tune else ["alphabet"])]
+    given += ["length"] if args.calibrate else []
     for flag in given:
         if (args.weights or args.evaluate or args.calibrate) and getattr(args, flag) is not None:
             raise ValueError(f"--{flag}: is given by the weights, leave it out")
-    if args.calibrate and args.length is not None:
-        raise ValueError("--length: is given by the weights, leave it out")
     if args.mistakes and not args.evaluate:
         raise ValueError("--mistakes: is a part of --evaluate")
     if args.data is None and args.task is None:
@@ -773,8 +772,7 @@ def calibrate(checkpoint, batches, device):
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     half = any(tensor.dtype == torch.float16 for tensor in saved.values())
     model.to(device)
-    temperature = fit_temperature(model, batches, converter, preprocess, device)
-    converter = CTCLabelConverter(converter.alphabet, temperature, converter.length)
+    converter.temperature = fit_temperature(model, batches, converter, preprocess, device)
     save_checkpoint(checkpoint, model, converter, preprocess, half)
 
 
