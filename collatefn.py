@@ -1,10 +1,16 @@
-"""From samples to batches: their order, their collation, and what training does to them."""
+"""From samples to batches: loading, their order, collation, and what training does to them."""
 
+import os
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm.contrib.concurrent import thread_map
+
+from image import PATCH, ImageError, read_image
+from infer_tool import BATCH_SIZE
 
 SORTED = 8  # batches' worth of images that are sorted by width at a time
 SHIFT_X, SHIFT_Y = 2, 1  # pixels that a training batch is moved by, at most
@@ -19,6 +25,8 @@ class Batch(NamedTuple):
     targets: (sum of target_lengths,) int64, the classes of all labels in a row.
     target_lengths: (N,) int64.
     labels: N strings.
+    indices: N places in the data set.
+    whole: images of the whole batch, of which each process has its share.
     """
 
     images: torch.Tensor
@@ -26,6 +34,54 @@ class Batch(NamedTuple):
     targets: torch.Tensor
     target_lengths: torch.Tensor
     labels: list[str]
+    indices: list[int]
+    whole: int
+
+    @property
+    def columns(self):
+        """(N,) int64, columns of each image that count."""
+        return self.widths // PATCH
+
+
+class TextImageDataset:
+    """Images and labels, as uint8 in memory or read when they are asked for.
+
+    Args:
+        samples: a list of `Sample`.
+        preprocess: a `Preprocess`.
+        in_memory: decode all images now.
+
+    Item i is ((3, height, W) uint8 array, label, i).
+
+    Raises ValueError, naming file and line of everything that cannot be read.
+    """
+
+    def __init__(self, samples, preprocess, in_memory=True):
+        self.samples, self.preprocess = samples, preprocess
+        self.arrays = None
+        if in_memory:
+            arrays = thread_map(self._load, samples, desc="loading", leave=False, unit="img")
+            problems = [str(array) for array in arrays if isinstance(array, ValueError)]
+            if problems:
+                raise ValueError("\n".join(problems))
+            self.arrays = arrays
+
+    def _load(self, sample):
+        """The pixels of a sample, or a ValueError."""
+        try:
+            return self.preprocess(read_image(sample.path))
+        except ImageError as error:
+            return ValueError(sample.problem(error))
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        sample = self.samples[index]
+        pixels = self.arrays[index] if self.arrays else self._load(sample)
+        if isinstance(pixels, ValueError):
+            raise pixels
+        return pixels, sample.label, index
 
 
 class Collate:
@@ -39,11 +95,11 @@ class Collate:
         self.converter = converter
 
     def __call__(self, samples):
-        """[((3, H, W) uint8 array, label)] -> `Batch`.
+        """[((3, H, W) uint8 array, label, index)] -> `Batch`, its whole as if it were one.
 
         Narrower images are padded on the right with their last column.
         """
-        arrays, labels = zip(*samples, strict=True)
+        arrays, labels, indices = zip(*samples, strict=True)
         widths = [array.shape[2] for array in arrays]
         images = np.empty((len(arrays), *arrays[0].shape[:2], max(widths)), np.uint8)
         for image, array, width in zip(images, arrays, widths, strict=True):
@@ -56,6 +112,8 @@ class Collate:
             torch.from_numpy(targets),
             torch.from_numpy(target_lengths),
             list(labels),
+            list(indices),
+            len(labels),
         )
 
 
@@ -71,8 +129,9 @@ class OnDevice:
     """
 
     def __init__(self, dataset, converter, device):
-        self.images, self.widths, _, _, self.labels = Collate(converter)(dataset)
-        self.images = self.images.to(device)
+        everything = Collate(converter)(dataset)
+        self.images = everything.images.to(device)
+        self.widths, self.labels = everything.widths, everything.labels
         self.converter = converter
 
     @staticmethod
@@ -90,7 +149,7 @@ class OnDevice:
         images = self.images[..., : widths.max()][chosen.to(self.images.device)]
         labels = [self.labels[i] for i in indices]
         targets, lengths = map(torch.from_numpy, self.converter.encode(labels))
-        return Batch(images, widths, targets, lengths, labels)
+        return Batch(images, widths, targets, lengths, labels, list(indices), len(labels))
 
 
 class EpochOrder:
@@ -140,6 +199,77 @@ class EpochOrder:
         self.totals = [len(batch) for batch in batches]
         for batch in batches:
             yield batch[self.rank :: self.world]
+
+
+class TrainingLoader(DataLoader):
+    """A DataLoader whose batch_sampler is an `EpochOrder`: its batches know their whole."""
+
+    def __iter__(self):
+        for i, batch in enumerate(super().__iter__()):
+            yield batch._replace(whole=self.batch_sampler.totals[i])
+
+
+def training_loader(checked, converter, device, *, order, batch_size, memory=None, rank=0, world=1):
+    """The `TrainingLoader` of a training.
+
+    The images are on the GPU where they fit into half of its free memory, else in memory
+    where they fit, else they are read by worker processes.
+
+    Args:
+        checked: a `dataset.Checked`.
+        converter: a `CTCLabelConverter`.
+        device: that trains.
+        order: the `torch.Generator` of the order.
+        batch_size: images of a batch, over all processes.
+        memory: GB (2^30 bytes) for the images, None for half of the machine's.
+        rank, world: which of how many processes this is.
+    """
+    samples, height = checked.train, checked.preprocess.height
+    widths = checked.widths(samples)
+    sampler = EpochOrder(widths, batch_size, order, rank, world)
+    size = 3 * height * sum(widths)
+    room = machine_memory() / 2 if memory is None else memory * 2**30
+    in_memory = size <= room / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    dataset = TextImageDataset(samples, checked.preprocess, in_memory)
+    if device.type == "cuda" and in_memory:
+        padded = 3 * height * max(widths) * len(widths)
+        if padded <= torch.cuda.mem_get_info(device)[0] / 2:
+            resident = OnDevice(dataset, converter, device)
+            return TrainingLoader(
+                resident, batch_sampler=sampler, collate_fn=resident.unchanged, generator=order
+            )
+    if not in_memory:
+        print(f"{size / 2**30:.1f} GB of images do not fit into memory, they are read each epoch")
+    return TrainingLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=Collate(converter),
+        generator=order,
+        num_workers=0 if in_memory else min(8, os.cpu_count() or 1),
+        persistent_workers=not in_memory,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def evaluation_loader(checked, converter, rank=0, world=1):
+    """A DataLoader over this process's share of the test images, similar widths in a batch."""
+    samples = checked.test
+    widths = checked.widths(samples)
+    order = sorted(range(len(samples)), key=widths.__getitem__)[rank::world]
+    batches = [order[i : i + BATCH_SIZE] for i in range(0, len(order), BATCH_SIZE)]
+    return DataLoader(
+        TextImageDataset(samples, checked.preprocess),
+        batch_sampler=batches,
+        collate_fn=Collate(converter),
+    )
+
+
+def machine_memory():
+    """Bytes of memory that this machine has, 8 GB where it does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return 8 * 2**30
 
 
 def random_shift(images):

@@ -1,12 +1,18 @@
 """Text to CTC targets, network output to text. Works on numpy arrays."""
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
+from keys import check_alphabet
+
 BLANK = 0  # the class of the CTC blank
+# Below 1 only a little: a network that read every test image right would ask for 0.
+TEMPERATURES = tuple(round(0.7 * 1.1**i, 3) for i in range(15))
 
 
 class Reading(NamedTuple):
@@ -14,7 +20,7 @@ class Reading(NamedTuple):
 
     text: the characters.
     confidence: probability of the whole text, 0 to 1.
-    char_confidences: one probability a character, 0 to 1.
+    char_confidences: one probability per character, 0 to 1.
     alternatives: the next best texts of a `Search` and their probabilities.
     """
 
@@ -54,17 +60,34 @@ class Search:
         )
 
 
+def length_range(text):
+    """Parse how many characters texts have: "4" is (4, 4), "3-8" is (3, 8).
+
+    Raises ValueError for anything else, and for a range that holds no number from 1.
+    """
+    shortest, _, longest = text.partition("-")
+    bounds = int(shortest), int(longest or shortest)
+    if not 1 <= bounds[0] <= bounds[1]:
+        raise ValueError(text)
+    return bounds
+
+
+def columns_needed(label):
+    """Columns that CTC needs for a label: one per character, and a blank between repeats."""
+    return len(label) + sum(a == b for a, b in pairwise(label))
+
+
 class CTCLabelConverter:
     """Converts between texts and classes: class 0 is the blank, the alphabet follows.
 
     Args:
-        alphabet: a string of distinct characters.
+        alphabet: a string of distinct characters, see `keys.check_alphabet`.
         temperature: what logits are divided by before they become probabilities, greater
             than 0. Fitted after the training, it makes the confidences say how often
             texts are right (Guo et al., ICML 2017). It changes no greedy text.
         length: characters that every text has, at least 1; None for any number.
 
-    Raises ValueError for another temperature or length.
+    Raises ValueError for another alphabet, temperature or length.
     """
 
     def __init__(self, alphabet, temperature=1.0, length=None):
@@ -72,12 +95,20 @@ class CTCLabelConverter:
             raise ValueError(f"the temperature {temperature} is not greater than 0")
         if length is not None and not (isinstance(length, int) and length >= 1):
             raise ValueError(f"the length {length!r} is not at least 1")
-        self.alphabet = alphabet
+        self.alphabet = check_alphabet(alphabet)
         self.temperature = temperature
         self.length = length
         self.nclass = len(alphabet) + 1
         self._class_of = {character: i for i, character in enumerate(alphabet, 1)}
         self._character_of = np.array(["", *alphabet])
+
+    def with_temperature(self, temperature):
+        """The same converter with another temperature."""
+        return CTCLabelConverter(self.alphabet, temperature, self.length)
+
+    def with_length(self, length):
+        """The same converter with another length."""
+        return CTCLabelConverter(self.alphabet, self.temperature, length)
 
     def encode(self, labels):
         """Labels to CTC targets.
@@ -95,7 +126,7 @@ class CTCLabelConverter:
         return np.array(targets, np.int64), np.array([len(label) for label in labels], np.int64)
 
     def decode(self, logits, columns=None):
-        """Greedy decoding: the best class of each column, repeats merged, blanks removed.
+        """Greedy decoding, see `best_path`.
 
         A text that comes out longer or shorter than ``length`` is searched once more, for
         the most probable one of that many characters.
@@ -105,27 +136,13 @@ class CTCLabelConverter:
             columns: (N,) number of columns of each image that count, None: all T.
 
         Returns:
-            N `Reading`s. A character's confidence is the highest probability among
-            the columns that were merged into it; the text's is the sum over all
-            alignments of `text_probability`.
+            N `Reading`s. A character's confidence is that of `best_path`; the text's is
+            the sum over all alignments of `text_probability`.
         """
-        count, total, _ = logits.shape
         probs = softmax(logits / self.temperature)
         if columns is None:
-            columns = np.full(count, total)
-        inside = np.arange(total) < columns[:, None]
-        classes = np.where(inside, probs.argmax(2), BLANK)
-        best = probs.max(2)
-
-        # A run of equal classes starts wherever the class differs from the one before.
-        starts = np.ones_like(inside)
-        starts[:, 1:] = classes[:, 1:] != classes[:, :-1]
-        first = np.flatnonzero(starts)
-        run_class, run_best = classes.ravel()[first], np.maximum.reduceat(best.ravel(), first)
-        is_character = run_class != BLANK
-        targets, char_confidences = run_class[is_character], run_best[is_character]
-        lengths = np.bincount(first[is_character] // total, minlength=count)
-
+            columns = np.full(len(probs), probs.shape[1])
+        targets, char_confidences, lengths = best_path(probs, columns)
         confidences = text_probability(probs, targets, columns, lengths)
         ends = np.cumsum(lengths)
         readings = [
@@ -204,11 +221,57 @@ class CTCLabelConverter:
         return [(words[i], float(scores[i])) for i in np.argsort(-scores, kind="stable")]
 
 
+def fit_temperature(converter, batches):
+    """The one of TEMPERATURES with which confidences fit best how often texts are right.
+
+    The fit is the likelihood of right and wrong, given the confidences of whole texts.
+
+    Args:
+        converter: a `CTCLabelConverter`, whose own temperature plays no part.
+        batches: an iterable of (logits (N, T, nclass), columns (N,), labels).
+    """
+    scaled = [converter.with_temperature(temperature) for temperature in TEMPERATURES]
+    loss = dict.fromkeys(TEMPERATURES, 0.0)
+    for logits, columns, labels in batches:
+        for own in scaled:
+            for reading, label in zip(own.decode(logits, columns), labels, strict=True):
+                right = reading.text == label
+                share = reading.confidence if right else 1 - reading.confidence
+                loss[own.temperature] -= math.log(max(share, 1e-9))
+    return min(loss, key=loss.get)
+
+
 def softmax(logits):
     """Probabilities along the last axis, of logits in any shape."""
     probs = np.exp(logits - logits.max(-1, keepdims=True))
     probs /= probs.sum(-1, keepdims=True)
     return probs
+
+
+def best_path(probs, columns):
+    """Greedy decoding: the best class of each column, repeats merged, blanks removed.
+
+    Args:
+        probs: (N, T, nclass) probabilities.
+        columns: (N,) columns of each image that count.
+
+    Returns:
+        (targets, confidences, lengths): the classes of all texts in a row, for each the
+        highest probability among the columns that were merged into it, and (N,) the
+        number of characters of each text.
+    """
+    count, total, _ = probs.shape
+    inside = np.arange(total) < columns[:, None]
+    classes = np.where(inside, probs.argmax(2), BLANK)
+    # A run of equal classes starts wherever the class differs from the one before.
+    starts = np.ones_like(inside)
+    starts[:, 1:] = classes[:, 1:] != classes[:, :-1]
+    first = np.flatnonzero(starts)
+    run_class = classes.ravel()[first]
+    run_best = np.maximum.reduceat(probs.max(2).ravel(), first)
+    is_character = run_class != BLANK
+    lengths = np.bincount(first[is_character] // total, minlength=count)
+    return run_class[is_character], run_best[is_character], lengths
 
 
 def prefix_beam_search(probs, beam, shortest=0, longest=None):
@@ -222,30 +285,25 @@ def prefix_beam_search(probs, beam, shortest=0, longest=None):
     Returns:
         [(tuple of classes, probability)], the most probable first, at most ``beam``.
     """
-    # prefix -> probability of all paths to it that end in a blank, and in its last class
-    prefixes = {(): (1.0, 0.0)}
+    # prefix -> [probability of all paths to it that end in a blank, and in its last class]
+    prefixes = {(): [1.0, 0.0]}
     for t, column in enumerate(probs):
         left = len(probs) - t - 1
         # What is less probable cannot pass the beam, unless all is improbable.
         candidates = np.argsort(-column)[: beam + 1]
         candidates = [int(k) for k in candidates if k != BLANK]
-        grown = {}
-
-        def add(prefix, blank, last, grown=grown):
-            old = grown.get(prefix, (0.0, 0.0))
-            grown[prefix] = old[0] + blank, old[1] + last
-
+        grown = defaultdict(lambda: [0.0, 0.0])
         for prefix, (blank, last) in prefixes.items():
-            add(prefix, (blank + last) * column[BLANK], 0.0)
+            grown[prefix][0] += (blank + last) * column[BLANK]
             if prefix:
-                add(prefix, 0.0, last * column[prefix[-1]])
+                grown[prefix][1] += last * column[prefix[-1]]
             if longest is not None and len(prefix) == longest:
                 continue
             for k in candidates:
                 # A repeat of the last class is a new character only behind a blank.
                 before = blank if prefix and k == prefix[-1] else blank + last
                 if before:
-                    add((*prefix, k), 0.0, before * column[k])
+                    grown[(*prefix, k)][1] += before * column[k]
         # A prefix that the columns left cannot complete takes no place in the beam.
         able = [item for item in grown.items() if len(item[0]) + left >= shortest]
         prefixes = dict(sorted(able, key=lambda item: -sum(item[1]))[:beam])

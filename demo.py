@@ -2,7 +2,7 @@
 
     python demo.py                                  # the sample images in assets/
     python demo.py photo.png scans/                 # files, and all images below a folder
-    find . -name "*.png" | python demo.py - --json  # a path a line
+    find . -name "*.png" | python demo.py - --json  # one path per line
     python demo.py --task chinese                   # or complex: its weights and samples
     python demo.py --weights mine.onnx photo.png    # without PyTorch
     python demo.py --save readings.png              # a picture of what was read
@@ -20,8 +20,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ctc_label_converter import Search
-from dataset import SUFFIXES, contact_sheet, read_image, read_label_file, save_picture
+from ctc_label_converter import Search, length_range
+from image import SUFFIXES, contact_sheet, read_image, save_picture
 from infer_tool import ROOT, SHIPPED_WEIGHTS, RecInfer, latest_weights
 from keys import load_alphabet
 
@@ -43,64 +43,76 @@ def find_images(arguments):
 
 def read_labels(path):
     """{absolute path of an image: its label} of a label file."""
+    from dataset import read_label_file  # a plain reading needs nothing of it
+
     return {(path.parent / name).resolve(): label for _, name, label in read_label_file(path)}
 
 
 def parse_args():
     """Parse the command line. Raises ValueError for settings that cannot be used."""
-    parser = argparse.ArgumentParser(description="Read the text in images.")
-    add = parser.add_argument
-    add(
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
         "images",
         nargs="*",
         type=Path,
         metavar="IMAGE",
-        help="image files, folders, or - for a path a line on standard input (default: the "
+        help="image files, folders, or - for one path per line on standard input (default: the "
         "images of --labels, else the task's samples in assets/samples)",
     )
-    add(
+    parser.add_argument(
         "--task",
         choices=SHIPPED_WEIGHTS,
         help="read with this task's weights (default: those of the last training, else simple)",
     )
-    add(
+    parser.add_argument(
         "--weights",
         type=Path,
         help="checkpoint, or network in ONNX (default: the last one in save_model/, else the "
         "shipped one)",
     )
-    add(
+    parser.add_argument(
         "--json",
         action="store_true",
-        help="print one JSON object a line: image, text, confidence, characters, or error",
+        help="print one JSON object per line: image, text, confidence, characters, or error",
     )
-    add(
+    parser.add_argument(
         "--save",
         type=Path,
         metavar="OUT.png",
         help=f"save a contact sheet of the first {SHEET} images with text and confidence",
     )
-    add(
+    parser.add_argument(
         "--labels",
         type=Path,
         metavar="FILE",
         help="label file to compare with: prints the accuracy, marks mistakes in the sheet",
     )
-    add(
+    parser.add_argument(
         "--min-confidence",
         type=float,
         metavar="P",
         help="mark readings with a lower confidence, 0 to 1, as rejected",
     )
-    add("--beam", type=int, metavar="N", help="search with a beam of N prefixes (default: greedy)")
-    add("--top", type=int, default=1, metavar="K", help="the K best texts (default: %(default)s)")
-    add(
+    parser.add_argument(
+        "--beam", type=int, metavar="N", help="search with a beam of N prefixes (default: greedy)"
+    )
+    parser.add_argument(
+        "--top", type=int, default=1, metavar="K", help="the K best texts (default: %(default)s)"
+    )
+    parser.add_argument(
         "--length",
+        type=length_range,
         metavar="N or N-M",
         help="characters that a text may have (default: what the weights were trained for)",
     )
-    add("--alphabet-subset", metavar="NAME", help="alphabet's name or file, or the characters")
-    add("--lexicon", type=Path, metavar="FILE", help="UTF-8, a text a line: read one of these")
+    parser.add_argument(
+        "--alphabet-subset", metavar="NAME", help="alphabet's name or file, or the characters"
+    )
+    parser.add_argument(
+        "--lexicon", type=Path, metavar="FILE", help="UTF-8, one text per line: read one of these"
+    )
     args = parser.parse_args()
     if args.min_confidence is not None and not 0 <= args.min_confidence <= 1:
         raise ValueError(f"--min-confidence {args.min_confidence}: is from 0 to 1")
@@ -120,13 +132,7 @@ def make_search(args):
     if args.top > 1:
         settings |= {"top": args.top, "beam": max(args.top, args.beam or 10)}
     if args.length:
-        low, _, high = args.length.partition("-")
-        try:
-            settings |= {"shortest": int(low), "longest": int(high or low)}
-            if not 1 <= settings["shortest"] <= settings["longest"]:
-                raise ValueError
-        except ValueError:
-            raise ValueError(f"--length {args.length}: write 4 or 4-6") from None
+        settings["shortest"], settings["longest"] = args.length
     if args.alphabet_subset:
         try:
             settings["subset"] = load_alphabet(args.alphabet_subset)
@@ -193,8 +199,7 @@ def main():
     reader = RecInfer(weights)
     print(f"weights: {weights}", file=sys.stderr)
     labels = read_labels(args.labels) if args.labels else {}
-    task = args.task or weights.name.partition("_")[0]
-    samples = SAMPLES / (task if task in SHIPPED_WEIGHTS else "simple")
+    samples = SAMPLES / (reader.task if reader.task in SHIPPED_WEIGHTS else "simple")
     paths = find_images(args.images or list(labels) or [samples])
 
     failed, right, compared, shown = 0, 0, 0, []

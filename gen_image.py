@@ -9,7 +9,7 @@
 
 A data set is a folder:
 
-    train.txt, test.txt      UTF-8, a line an image: train/00000.png<TAB>label
+    train.txt, test.txt      UTF-8, one line per image: train/00000.png<TAB>label
     train/, test/            the images, PNG
     preview.png              the first training images with their labels
 
@@ -29,6 +29,8 @@ import tempfile
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import captcha.image
@@ -36,26 +38,39 @@ from captcha.image import DEFAULT_FONTS, ImageCaptcha
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
 
-from dataset import contact_sheet, find_chinese_font
+from ctc_label_converter import length_range
+from dataset import SPLITS
+from image import contact_sheet, find_chinese_font
 from keys import load_alphabet
 
-# width: pixels a character, at that height. often: see --often.
+
+@dataclass(frozen=True)
+class Task:
+    """What is drawn for a task, unless flags say otherwise.
+
+    Attributes:
+        alphabet: its name.
+        width, height: pixels of a character, and of the image.
+        train, test: number of images.
+        often: characters that are drawn more often, see --often.
+    """
+
+    alphabet: str
+    width: int
+    height: int
+    train: int
+    test: int
+    often: str = ""
+
+
 TASKS = {
-    "simple": {
-        "alphabet": "alnum59", "width": 32, "height": 32, "train": 5000, "test": 500,
-    },
-    "complex": {
-        "alphabet": "digits_upper", "width": 40, "height": 60, "train": 240000, "test": 2000,
-        "often": "O0",
-    },
-    "chinese": {
-        "alphabet": "gb2312_level1", "width": 32, "height": 32, "train": 60000, "test": 2000,
-    },
-}  # fmt: skip
+    "simple": Task("alnum59", 32, 32, train=5000, test=500),
+    "complex": Task("digits_upper", 40, 60, train=240000, test=2000, often="O0"),
+    "chinese": Task("gb2312_level1", 32, 32, train=60000, test=2000),
+}
 LENGTH = "4"
 OFTEN = 8  # times as often as others are the characters of --often drawn
-SPLITS = ("train", "test")
-CHUNK = 100  # images a worker draws at a time
+CHUNK = 100  # images that a worker draws at a time
 PREVIEW = 48  # images on the contact sheet
 
 
@@ -289,15 +304,6 @@ def write_data_set(args):
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def length_range(text):
-    """Parse "4" or "3-8" into (3, 8)."""
-    low, _, high = text.partition("-")
-    bounds = int(low), int(high or low)
-    if not 1 <= bounds[0] <= bounds[1]:
-        raise ValueError(text)
-    return bounds
-
-
 def count(text):
     """Parse a whole number of at least 1."""
     number = int(text)
@@ -308,15 +314,14 @@ def count(text):
 
 def defaults(setting, tasks=TASKS):
     """A setting of all tasks that have it, for help texts: "A for simple, B for complex"."""
-    return ", ".join(
-        f"{task[setting]} for {name}" for name, task in tasks.items() if setting in task
-    )
+    values = {name: attrgetter(setting)(task) for name, task in tasks.items()}
+    return ", ".join(f"{value} for {name}" for name, value in values.items() if value)
 
 
 def parse_args(argv=None):
     """Parse the command line. Raises ValueError for settings that cannot be drawn."""
     parser = argparse.ArgumentParser(
-        description="Draw captcha images with labels, for training and evaluation."
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--task",
@@ -336,7 +341,7 @@ def parse_args(argv=None):
         type=length_range,
         default=length_range(LENGTH),
         metavar="N or N-M",
-        help=f"characters an image, fixed or a range (default: {LENGTH})",
+        help=f"characters per image, fixed or a range (default: {LENGTH})",
     )
     parser.add_argument(
         "--alphabet",
@@ -362,7 +367,9 @@ def parse_args(argv=None):
         "to the height)",
     )
     parser.add_argument("--height", type=count, help=f"pixels (default: {defaults('height')})")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="same seed, same images (default: %(default)s)"
+    )
     parser.add_argument(
         "--workers",
         type=count,
@@ -375,15 +382,15 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     task = TASKS[args.task]
     args.out = args.out or Path("data") / args.task
-    args.train, args.test = args.train or task["train"], args.test or task["test"]
+    args.train, args.test = args.train or task.train, args.test or task.test
     if args.often is None:
-        args.often = "" if args.alphabet else task.get("often", "")
-    args.alphabet = load_alphabet(args.alphabet or task["alphabet"])
+        args.often = "" if args.alphabet else task.often
+    args.alphabet = load_alphabet(args.alphabet or task.alphabet)
     unknown = set(args.often) - set(args.alphabet)
     if unknown:
         raise ValueError(f"--often: {' '.join(sorted(unknown))} not in the alphabet")
-    args.height = args.height or task["height"]
-    args.width = args.width or args.length[1] * task["width"] * args.height // task["height"]
+    args.height = args.height or task.height
+    args.width = args.width or args.length[1] * task.width * args.height // task.height
     if not args.font:
         args.font = [find_chinese_font()] if args.task == "chinese" else DEFAULT_FONTS
         if None in args.font:

@@ -14,7 +14,6 @@ be installed, and nothing here imports it.
 import argparse
 import json
 import os
-import pickle
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -26,14 +25,12 @@ import numpy as np
 from PIL import Image
 
 from ctc_label_converter import CTCLabelConverter
-from dataset import COLUMN, ImageError, Preprocess, read_image
-from keys import check_alphabet
+from image import PATCH, ImageError, Preprocess, read_image
 
 ROOT = Path(__file__).resolve().parent
-SHIPPED_WEIGHTS = {
-    "simple": ROOT / "assets" / "weights" / "simple_nh16_depth2.pth",
-    "complex": ROOT / "assets" / "weights" / "complex_nh128_depth8.pth",
-    "chinese": ROOT / "assets" / "weights" / "chinese_nh64_depth4.pth",
+SHIPPED_WEIGHTS = {  # TASK_nhNH_depthDEPTH.pth, and the same as .onnx
+    path.name.partition("_")[0]: path
+    for path in sorted((ROOT / "assets" / "weights").glob("*_nh*_depth*.pth"))
 }
 SAVE_FOLDER = Path("save_model")  # where train.py writes
 # All that an exported network consists of.
@@ -41,67 +38,63 @@ OPERATORS = {
     "Add", "Cast", "Concat", "Constant", "Conv", "Div", "Erf", "Flatten", "Gather", "Identity",
     "MatMul", "Mul", "Reshape", "Shape", "Slice", "Transpose", "Unsqueeze",
 }  # fmt: skip
-BATCH_SIZE = 64  # images a forward pass; 256 large ones leave the cache and take twice as long
+BATCH_SIZE = 64  # images per forward pass; 256 large ones leave the cache and take twice as long
+
+
+def written_weights(task=None):
+    """The checkpoint that train.py last wrote to save_model/. None where there is none.
+
+    Args:
+        task: only one that was trained for this task. None: the last of any.
+    """
+    written = sorted(SAVE_FOLDER.glob("*.pth"), key=lambda path: -path.stat().st_mtime_ns)
+    if task is None:
+        return written[0] if written else None
+    # The name of other weights may begin as the task's, so the file has to say.
+    named = [path for path in written if path.name.startswith(f"{task}_")]
+    return next((path for path in named if _load_checkpoint(path).task == task), None)
 
 
 def latest_weights(task=None):
     """The checkpoint that train.py last wrote to save_model/, else the shipped weights.
 
+    Where it takes shipped ones, it says so on stderr: a training may have been meant.
+
     Args:
         task: only this task's. None: the last of any, else the simple task's.
     """
-    pattern = f"{task}_*.pth" if task else "*.pth"
-    written = [(path.stat().st_mtime_ns, path) for path in SAVE_FOLDER.glob(pattern)]
-    return max(written)[1] if written else SHIPPED_WEIGHTS[task or "simple"]
+    written = written_weights(task)
+    if written:
+        return written
+    kind = f"weights of the task {task}" if task else "weights of a training"
+    print(f"no {kind} in {SAVE_FOLDER.absolute()}, taking those that ship", file=sys.stderr)
+    return SHIPPED_WEIGHTS[task or "simple"]
 
 
-def load_checkpoint(path):
-    """Load what train.py saved.
-
-    Returns:
-        (model, converter, preprocess): a `MicroNet` in evaluation mode on the CPU, its
-        `CTCLabelConverter`, the `Preprocess` of its images.
-
-    Raises ValueError if ``path`` is no checkpoint of this network. Nothing in the
-    file is executed.
-    """
+def _load_checkpoint(path):
+    """`model.load_checkpoint`, which needs PyTorch, and is imported only here."""
     try:
-        import torch
+        import torch  # noqa: F401
     except ImportError:
         raise ValueError(
             f"{path}: PyTorch reads it, which is missing: pip install torch, or take an .onnx file"
         ) from None
-    from model import MicroNet
+    from model import load_checkpoint
 
-    try:
-        # Memory stays bounded by the file: the network is built without storage
-        # and takes the tensors that were loaded.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        converter = CTCLabelConverter(
-            check_alphabet(checkpoint["alphabet"]),
-            float(checkpoint.get("temperature", 1)),
-            checkpoint.get("length"),
-        )
-        preprocess = Preprocess(**checkpoint["preprocess"])
-        nh, depth, state = checkpoint["nh"], checkpoint["depth"], checkpoint["state_dict"]
-        # Half precision is for the disk, not for the processor.
-        state = {
-            name: tensor.float() if tensor.dtype == torch.float16 else tensor
-            for name, tensor in state.items()
-        }
-        if len(state) != 9 + 14 * depth:
-            raise ValueError(f"{len(state)} tensors are not those of depth {depth}")
-        with torch.device("meta"):
-            model = MicroNet(nh, depth, converter.nclass, preprocess.height)
-        model.load_state_dict(state, assign=True)
-    except OSError as error:
-        raise ValueError(f"{path}: the weights cannot be read ({error.strerror})") from None
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path}: is not a MicroOCR checkpoint (no file of tensors)") from None
-    except Exception as error:  # whatever a foreign file may lead to
-        reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        raise ValueError(f"{path}: is not a MicroOCR checkpoint ({reason})") from None
-    return model.eval(), converter, preprocess
+    return load_checkpoint(path)
+
+
+def varint(data, at):
+    """(number, where it ends) of a protobuf message's number that begins at ``at``."""
+    value = shift = 0
+    while at < len(data) and shift <= 63:
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            return value, at
+    raise ValueError("no protobuf message")
 
 
 def protobuf_fields(data):
@@ -113,27 +106,16 @@ def protobuf_fields(data):
     Raises ValueError where it is none.
     """
     at = 0
-
-    def varint():
-        nonlocal at
-        value = shift = 0
-        while True:
-            if at >= len(data) or shift > 63:
-                raise ValueError("no protobuf message")
-            byte = data[at]
-            at += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
     while at < len(data):
-        tag = varint()
+        tag, at = varint(data, at)
         kind = tag & 7
         if kind == 0:
-            yield tag >> 3, varint()
+            value, at = varint(data, at)
+            yield tag >> 3, value
             continue
-        size = varint() if kind == 2 else {1: 8, 5: 4}.get(kind)
+        size = {1: 8, 5: 4}.get(kind)
+        if kind == 2:
+            size, at = varint(data, at)
         if size is None or at + size > len(data):
             raise ValueError("no protobuf message")
         if kind == 2:
@@ -175,8 +157,9 @@ def load_onnx(path, threads=None):
         threads: for ONNX Runtime, None for as many as there are cores.
 
     Returns:
-        (session, converter, preprocess): an `onnxruntime.InferenceSession`, its
-        `CTCLabelConverter`, the `Preprocess` of its images.
+        (session, converter, preprocess, task): an `onnxruntime.InferenceSession`, its
+        `CTCLabelConverter`, the `Preprocess` of its images, the task it was trained for
+        or None.
 
     Raises ValueError if ``path`` is no exported network of this project.
     """
@@ -193,13 +176,13 @@ def load_onnx(path, threads=None):
         data = path.read_bytes()
         check_network(data)
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-        metadata = session.get_modelmeta().custom_metadata_map
+        told = session.get_modelmeta().custom_metadata_map
         converter = CTCLabelConverter(
-            check_alphabet(metadata["alphabet"]),
-            float(metadata["temperature"]),
-            json.loads(metadata.get("length", "null")),
+            told["alphabet"],
+            float(told["temperature"]),
+            json.loads(told.get("length", "null")),
         )
-        preprocess = Preprocess(**json.loads(metadata["preprocess"]))
+        preprocess = Preprocess(**json.loads(told["preprocess"]))
         [images], [logits] = session.get_inputs(), session.get_outputs()
         if images.type != "tensor(float)" or images.shape[1:3] != [3, preprocess.height]:
             raise ValueError(f"the input is {images.type} {images.shape}")
@@ -210,7 +193,7 @@ def load_onnx(path, threads=None):
     except Exception as error:  # whatever a foreign file may lead to
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
         raise ValueError(f"{path}: is not a MicroOCR network in ONNX ({reason})") from None
-    return session, converter, preprocess
+    return session, converter, preprocess, told.get("task")
 
 
 class RecInfer:
@@ -225,6 +208,7 @@ class RecInfer:
 
     Attributes:
         weights: the path that was loaded.
+        task: that they were trained for, None for images of one's own.
 
     Raises ValueError if the weights cannot be used.
     """
@@ -237,11 +221,14 @@ class RecInfer:
                 raise ValueError(
                     f"{self.weights}: .onnx files are read on the CPU, not on {device}"
                 )
-            self.session, self.converter, self.preprocess = load_onnx(self.weights, threads)
+            loaded = load_onnx(self.weights, threads)
+            self.session, self.converter, self.preprocess, self.task = loaded
             self.logits = self._logits_of_onnx_runtime
         else:
-            model, self.converter, self.preprocess = load_checkpoint(self.weights)
-            self.model = model.to(device)
+            self.recogniser = _load_checkpoint(self.weights)
+            self.recogniser.model.to(device)
+            self.converter, self.preprocess = self.recogniser.converter, self.recogniser.preprocess
+            self.task = self.recogniser.task
             self.logits = self._logits_of_pytorch
 
     def predict(self, image, search=None):
@@ -327,7 +314,7 @@ class RecInfer:
 
         with torch.inference_mode():
             images = torch.from_numpy(pixels).to(self.device)
-            return self.model(self.preprocess.normalise(images)).cpu().numpy()
+            return self.recogniser.logits(images).cpu().numpy()
 
     def _logits_of_onnx_runtime(self, pixels):
         """(N, 3, height, W) uint8 -> (N, W/4, nclass) float32."""
@@ -339,7 +326,7 @@ def export(weights, out):
     """Write the checkpoint ``weights`` as the ONNX file ``out``, and compare the two.
 
     Batch size and width stay free. The file's metadata hold the "alphabet", the
-    "temperature" and, in JSON, the "length" and the "preprocess".
+    "temperature", the "task" if it has one and, in JSON, the "length" and the "preprocess".
 
     Returns:
         (images, difference): the number of sample images that were read with both, and
@@ -357,35 +344,28 @@ def export(weights, out):
         ) from None
     import torch
 
-    model, converter, preprocess = load_checkpoint(weights)
+    recogniser = _load_checkpoint(weights)
+    height, width = recogniser.preprocess.height, recogniser.preprocess.width
     scratch = out.with_name(f"{out.name}.unfinished.onnx")
     try:
         with warnings.catch_warnings():
             # Of the trace, which fixes the outcome of the checks in `MicroNet.forward`.
             warnings.simplefilter("ignore")
             torch.onnx.export(
-                model,
-                torch.zeros(1, 3, preprocess.height, preprocess.width or 4 * preprocess.height),
+                recogniser.model,
+                torch.zeros(1, 3, height, width or 4 * height),
                 str(scratch),
                 input_names=["images"],
                 output_names=["logits"],
                 dynamic_axes={
                     "images": {0: "N", 3: "W"},
-                    "logits": {0: "N", 1: f"W/{COLUMN}"},
+                    "logits": {0: "N", 1: f"W/{PATCH}"},
                 },
                 opset_version=17,
                 dynamo=False,
             )
         network = onnx.load(scratch)
-        onnx.helper.set_model_props(
-            network,
-            {
-                "alphabet": converter.alphabet,
-                "temperature": repr(converter.temperature),
-                "length": json.dumps(converter.length),
-                "preprocess": json.dumps(asdict(preprocess)),
-            },
-        )
+        onnx.helper.set_model_props(network, metadata(recogniser))
         store_halves(network)
         onnx.save(network, scratch)
         compared = compare(RecInfer(weights), RecInfer(scratch))
@@ -395,6 +375,17 @@ def export(weights, out):
     finally:
         scratch.unlink(missing_ok=True)
     return compared
+
+
+def metadata(recogniser):
+    """What an exported file has to say of a `model.Recogniser`, as strings."""
+    task = {"task": recogniser.task} if recogniser.task else {}
+    return task | {
+        "alphabet": recogniser.converter.alphabet,
+        "temperature": repr(recogniser.converter.temperature),
+        "length": json.dumps(recogniser.converter.length),
+        "preprocess": json.dumps(asdict(recogniser.preprocess)),
+    }
 
 
 def store_halves(network):
@@ -438,7 +429,9 @@ def compare(reader, other):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Export trained weights to ONNX.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("export", help="write a checkpoint as an ONNX file")
     command.add_argument(

@@ -1,10 +1,21 @@
-"""The CTC loss, on logits."""
+"""What is minimised: the CTC loss on logits, of all classes or of a sample of them."""
+
+import math
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ctc_label_converter import BLANK
+
+# With more classes than 4 times this, a step trains the classes of its batch and as many
+# others, drawn at random: the last layer would cost far more than all the rest.
+SAMPLED = 256
+# CTC alone settles in its first steps on the columns where each character is
+# emitted. On some seeds that is a glyph's edge, from where the network sees half of
+# the glyph: U is J and b is p for good, or only blanks come out. Smoothed targets
+# keep all columns in play until the features can tell which sees the most.
+SMOOTHING, SMOOTHING_STEPS = 0.03, 150
 
 
 class CTCLoss(nn.Module):
@@ -13,8 +24,7 @@ class CTCLoss(nn.Module):
     Attributes:
         smoothing: share of a uniform distribution that each column's probabilities
             are also pulled towards, 0 to 1 (label smoothing, Szegedy et al., arXiv
-            1512.00567). In the first steps it keeps CTC from settling on columns
-            at a glyph's edge: see train.py.
+            1512.00567). See SMOOTHING.
         flat: weight of the flat start, 0 to 1, the rest is CTC's. A flat start (as of
             hidden Markov models of speech, Young et al., The HTK Book) shares an
             image's columns out evenly among its characters and takes the cross
@@ -26,6 +36,18 @@ class CTCLoss(nn.Module):
         super().__init__()
         self.smoothing = smoothing
         self.flat = flat
+
+    def set_step(self, step, flat_steps):
+        """Set smoothing and flat for a step of a training: one of them, falling to 0.
+
+        Args:
+            step: number of the step, from 0.
+            flat_steps: steps that a flat start takes, 0 for smoothed targets instead.
+        """
+        if flat_steps:
+            self.flat = max(0.0, 1 - step / flat_steps)
+        else:
+            self.smoothing = SMOOTHING * max(0.0, 1 - step / SMOOTHING_STEPS)
 
     def forward(self, logits, targets, columns, target_lengths):
         """Mean over the images of the loss of each, in nats.
@@ -69,3 +91,47 @@ class CTCLoss(nn.Module):
             uniform = -(log_probs.mean(2) * inside.to(log_probs.device)).sum(1).mean()
             loss = (1 - self.smoothing) * loss + self.smoothing * uniform
         return loss
+
+
+def sample_classes(targets, nclass):
+    """The classes that a step trains: the blank, those of ``targets`` and SAMPLED others.
+
+    Sampled softmax (Jean et al., ACL 2015, arXiv 1412.2007).
+
+    Args:
+        targets: (S,) int64, classes from 1.
+        nclass: number of all classes.
+
+    Returns:
+        (classes, targets, correction): (K,) int64; the targets as places in it; (K,)
+        what to add to the logits, so that the others stand for all that were left out.
+    """
+    present, places = targets.unique(return_inverse=True)
+    absent = torch.ones(nclass, dtype=torch.bool)
+    absent[present] = False
+    absent[BLANK] = False
+    absent = absent.nonzero()[:, 0]
+    others = absent[torch.randperm(len(absent))[:SAMPLED]]
+    classes = torch.cat([torch.zeros(1, dtype=torch.int64), present, others])
+    correction = torch.zeros(len(classes))
+    correction[1 + len(present) :] = math.log(len(absent) / max(1, len(others)))
+    return classes, places + 1, correction
+
+
+def batch_logits(network, images, batch, nclass):
+    """What the loss of a training batch is taken of; of many classes, a sample.
+
+    Args:
+        network: a `model.MicroNet`, or what stands for it.
+        images: (N, 3, H, W) float, normalised, on its device.
+        batch: the `collatefn.Batch` that they are of.
+        nclass: number of all classes.
+
+    Returns:
+        (logits, targets) for `CTCLoss`.
+    """
+    if nclass <= 4 * SAMPLED:
+        return network(images, batch.widths), batch.targets
+    classes, targets, correction = sample_classes(batch.targets, nclass)
+    logits = network(images, batch.widths, classes.to(images.device))
+    return logits + correction.to(images.device), targets

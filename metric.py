@@ -1,8 +1,17 @@
-"""How good readings are: accuracy, its interval, error rate, confusions, calibration."""
+"""How good readings are, in numbers, in the table of a training, and in pictures.
 
+Accuracy, its interval, error rate, confusions, calibration; curves and mistakes.
+"""
+
+import io
 import math
 from collections import Counter
 from difflib import SequenceMatcher
+from typing import NamedTuple
+
+from image import contact_sheet, read_image, save_picture, write_atomically
+
+MISTAKES = 40  # images on the sheet of mistakes
 
 
 def edit_distance(a, b):
@@ -75,3 +84,158 @@ def expected_calibration_error(confidences, right, bins=15):
     for confidence, is_right in zip(confidences, right, strict=True):
         gaps[min(int(confidence * bins), bins - 1)] += confidence - is_right
     return sum(map(abs, gaps.values())) / len(confidences)
+
+
+def summary(texts, labels):
+    """Word accuracy, its interval and the character error rate, as one line."""
+    accuracy = word_accuracy(texts, labels)
+    low, high = wilson_interval(accuracy, len(labels))
+    return (
+        f"word accuracy {accuracy:.4f} (95 % interval {low:.4f} to {high:.4f}), "
+        f"CER {character_error_rate(texts, labels):.4f}, {len(labels)} images"
+    )
+
+
+def print_calibration(readings, labels, temperature):
+    """Print how far the confidences are from how often texts are right."""
+    right = [reading.text == label for reading, label in zip(readings, labels, strict=True)]
+    error = expected_calibration_error([reading.confidence for reading in readings], right)
+    print(f"expected calibration error {error:.4f}, temperature {temperature}")
+
+
+def show_mistakes(samples, readings, path=None):
+    """Print the ten most frequent confusions, and save a picture of the worst mistakes.
+
+    Args:
+        samples: what was read, with ``path`` and ``label``.
+        readings: a `Reading` of each.
+        path: of the picture, which shows the most confident mistakes first. None: no picture.
+    """
+    texts, labels = [r.text for r in readings], [s.label for s in samples]
+    pairs = [
+        f"{right or 'nothing'} read as {read or 'nothing'} {times}x"
+        for (right, read), times in confusions(texts, labels).most_common(10)
+    ]
+    if pairs:
+        print(f"most confused: {', '.join(pairs)}")
+    if path:
+        wrong = zip(samples, readings, strict=True)
+        _save_mistakes(path, [(s, reading) for s, reading in wrong if reading.text != s.label])
+
+
+def _save_mistakes(path, wrong):
+    """Save a picture of [(sample, `Reading`)] that are wrong."""
+    if not wrong:
+        print(f"nothing was misread, {path} is not written")
+        return
+    shown = sorted(wrong, key=lambda pair: -pair[1].confidence)[:MISTAKES]
+    captions = [
+        f"{sample.label} read as {reading.text}  {reading.confidence:.2f}"
+        for sample, reading in shown
+    ]
+    images = [read_image(sample.path) for sample, _ in shown]
+    save_picture(path, contact_sheet(images, captions, columns=5))
+    print(f"{path} shows {len(shown)} of {len(wrong)} misread images")
+
+
+class EpochResult(NamedTuple):
+    """What an epoch of a training came to, one line of its table.
+
+    train_loss, test_loss: nats per image. word_accuracy, cer: of the test images.
+    lr: the last learning rate. seconds: since the first step.
+    """
+
+    epoch: int
+    train_loss: float
+    test_loss: float
+    word_accuracy: float
+    cer: float
+    lr: float
+    seconds: float
+
+    def __str__(self):
+        return (
+            f"train loss {self.train_loss:7.4f}  test loss {self.test_loss:7.4f}  word accuracy "
+            f"{self.word_accuracy:.4f}  CER {self.cer:.4f}  {self.seconds:6.1f} s"
+        )
+
+    def csv(self):
+        """The line of the table."""
+        losses = f"{self.train_loss:.4f},{self.test_loss:.4f}"
+        return (
+            f"{self.epoch},{losses},{self.word_accuracy:.4f},{self.cer:.4f},{self.lr:.6f},"
+            f"{self.seconds:.2f}"
+        )
+
+
+def best_epoch(results):
+    """The `EpochResult` of the highest accuracy, of several with the lowest loss, None of none."""
+    return max(results, key=lambda row: (row.word_accuracy, -row.test_loss), default=None)
+
+
+def reason_to_stop(results, stop_at, patience):
+    """Why a training ends before its last epoch, None where it does not.
+
+    Args:
+        results: an `EpochResult` for each epoch.
+        stop_at: a word accuracy, None for any.
+        patience: epochs that may be no better than the best, None for any number.
+    """
+    if not results:
+        return None
+    best = best_epoch(results)
+    waited = len(results) - best.epoch
+    if stop_at and best.word_accuracy >= stop_at:
+        return f"stopped: the word accuracy is {best.word_accuracy:.4f} (--stop-at)"
+    if patience and waited >= patience:
+        return f"stopped: no better for {waited} epochs (--patience)"
+    return None
+
+
+def save_table(path, results):
+    """Save `EpochResult`s as CSV, UTF-8."""
+    lines = [",".join(EpochResult._fields), *(result.csv() for result in results)]
+    write_atomically(path, "".join(f"{line}\n" for line in lines).encode("utf-8"))
+
+
+def save_curves(path, results):
+    """Draw `EpochResult`s over the epochs, where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    shown = (
+        ("loss, nats per image", ("train_loss", "test_loss"), "log"),
+        ("word accuracy", ("word_accuracy",), "linear"),
+        ("character error rate", ("cer",), "linear"),
+        ("learning rate", ("lr",), "linear"),
+    )
+    epochs = [result.epoch for result in results]
+    for axes, (title, names, scale) in zip(figure.subplots(2, 2).flat, shown, strict=True):
+        for name in names:
+            axes.plot(epochs, [getattr(r, name) for r in results], marker=".", label=name)
+        axes.set(title=title, xlabel="epoch", yscale=scale)
+        axes.grid(alpha=0.3)
+        if len(names) > 1:
+            axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_atomically(path, buffer.getvalue())
+
+
+def tensorboard_writer(folder):
+    """A `SummaryWriter`. Raises ValueError where tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError(
+            "--tensorboard: needs a package that is missing: pip install tensorboard"
+        ) from None
+    return SummaryWriter(folder)
+
+
+def add_to_tensorboard(writer, result):
+    """Add the values of an `EpochResult` to its `SummaryWriter`."""
+    for column, value in zip(result._fields[1:], result[1:], strict=True):
+        writer.add_scalar(column, value, result.epoch)

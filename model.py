@@ -1,4 +1,4 @@
-"""MicroNet: images to CTC logits with about 10,000 parameters.
+"""MicroNet: images to CTC logits with about 10,000 parameters. Its file, and its device.
 
     python model.py                       # the layer table of the default network
     python model.py --nh 128 --nclass 37
@@ -10,14 +10,20 @@ and one Linear layer gives each column its logits, for CTC (Graves et al.,
 """
 
 import argparse
+import io
 import math
+import pickle
 import sys
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-PATCH = 4  # pixels: the width of an output column, and the height of a row
+from ctc_label_converter import BLANK, CTCLabelConverter
+from image import PATCH, Preprocess, write_atomically
 
 
 class ConvBNACT(nn.Module):
@@ -111,6 +117,231 @@ class MicroNet(nn.Module):
         return F.linear(x, self.linear.weight[classes], self.linear.bias[classes])
 
 
+@dataclass(frozen=True)
+class Recogniser:
+    """A network with all that it takes to read with it: what a checkpoint holds.
+
+    Attributes:
+        model: a `MicroNet`.
+        converter: its `CTCLabelConverter`.
+        preprocess: the `Preprocess` of its images.
+        task: that it was trained for, None for images of one's own.
+        half: whether the file has numbers of 2 bytes. In memory they have 4.
+    """
+
+    model: MicroNet
+    converter: CTCLabelConverter
+    preprocess: Preprocess
+    task: str | None = None
+    half: bool = False
+
+    def logits(self, pixels, widths=None):
+        """(N, 3, height, W) uint8 tensor -> (N, W/4, nclass). widths: see `MicroNet.forward`."""
+        return self.model(self.preprocess.normalise(pixels), widths)
+
+
+def load_checkpoint(path):
+    """Load what `save_checkpoint` wrote.
+
+    Returns:
+        a `Recogniser`, its model in evaluation mode on the CPU.
+
+    Raises ValueError if ``path`` is no checkpoint of this network. Nothing in the
+    file is executed.
+    """
+    try:
+        # Memory stays bounded by the file: the network is built without storage
+        # and takes the tensors that were loaded.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        converter = CTCLabelConverter(
+            checkpoint["alphabet"],
+            float(checkpoint.get("temperature", 1)),
+            checkpoint.get("length"),
+        )
+        preprocess, task = Preprocess(**checkpoint["preprocess"]), checkpoint.get("task")
+        if not isinstance(task, str | None):
+            raise ValueError(f"the task {task!r} is no name")
+        nh, depth, state = checkpoint["nh"], checkpoint["depth"], checkpoint["state_dict"]
+        half = any(tensor.dtype == torch.float16 for tensor in state.values())
+        # Half precision is for the disk, not for the processor.
+        state = {
+            name: tensor.float() if tensor.dtype == torch.float16 else tensor
+            for name, tensor in state.items()
+        }
+        if len(state) != 9 + 14 * depth:
+            raise ValueError(f"{len(state)} tensors are not those of depth {depth}")
+        with torch.device("meta"):
+            model = MicroNet(nh, depth, converter.nclass, preprocess.height)
+        model.load_state_dict(state, assign=True)
+    except OSError as error:
+        raise ValueError(f"{path}: the weights cannot be read ({error.strerror})") from None
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path}: is not a MicroOCR checkpoint (no file of tensors)") from None
+    except Exception as error:  # whatever a foreign file may lead to
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise ValueError(f"{path}: is not a MicroOCR checkpoint ({reason})") from None
+    return Recogniser(model.eval(), converter, preprocess, task, half)
+
+
+def save_checkpoint(path, recogniser):
+    """Write a `Recogniser` so that `load_checkpoint` gives it back."""
+    model, converter = recogniser.model, recogniser.converter
+    kind = torch.float16 if recogniser.half else torch.float32
+    state = {
+        name: tensor.cpu().to(kind) if tensor.is_floating_point() else tensor.cpu()
+        for name, tensor in model.state_dict().items()
+    }
+    content = {
+        "nh": model.nh,
+        "depth": model.depth,
+        "alphabet": converter.alphabet,
+        "temperature": converter.temperature,
+        "length": converter.length,
+        "task": recogniser.task,
+        "preprocess": asdict(recogniser.preprocess),
+        "state_dict": state,
+    }
+    save_tensors(path, content)
+
+
+def save_tensors(path, content):
+    """Write what `torch.load` reads, so that ``path`` is either as before or complete."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_state(path, settings):
+    """Load what `save_tensors` wrote of a training with the same ``settings``.
+
+    Returns None where there is no such file. Raises ValueError for any other file.
+    """
+    if not path.exists():
+        print(f"{path} is not there, a new training begins")
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        before = state["settings"]
+        changed = [key for key in settings if before.get(key) != settings[key]]
+    except Exception as error:  # whatever a foreign file may lead to
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise ValueError(f"{path}: is no state of an unfinished training ({reason})") from None
+    if changed:
+        differences = ", ".join(f"{key} was {before.get(key)}" for key in changed)
+        raise ValueError(
+            f"{path}: is the state of a training with other settings or images ({differences}): "
+            "repeat its command with --resume, or leave out --resume to begin a new one"
+        )
+    return state
+
+
+def with_alphabet(recogniser, alphabet):
+    """The network of a `Recogniser` for another alphabet.
+
+    All is kept but the last layer's rows of characters that it does not know.
+
+    Returns:
+        (MicroNet, number of characters that are known).
+    """
+    old = recogniser.model
+    model = MicroNet(old.nh, old.depth, len(alphabet) + 1, old.img_height)
+    class_of = {character: i for i, character in enumerate(recogniser.converter.alphabet, 1)}
+    kept = [BLANK, *(i for i, c in enumerate(alphabet, 1) if c in class_of)]
+    rows = [BLANK, *(class_of[c] for c in alphabet if c in class_of)]
+    state = old.state_dict()
+    for name in ("linear.weight", "linear.bias"):
+        own = model.state_dict()[name].clone()
+        own[kept] = state[name][rows]
+        state[name] = own
+    model.load_state_dict(state)
+    return model, len(rows) - 1
+
+
+def supported_by(capability, built_for):
+    """Whether a build of torch has kernels for a card.
+
+    Args:
+        capability: the card's (major, minor), as `torch.cuda.get_device_capability`.
+        built_for: the build's list, as `torch.cuda.get_arch_list`: "sm_61" is machine
+            code for 6.1 and later 6.x, "compute_90" is compiled for 9.0 and later.
+    """
+    for arch in built_for:
+        kind, _, number = arch.partition("_")
+        digits = "".join(filter(str.isdigit, number))
+        major, minor = int(digits[:-1]), int(digits[-1])
+        if kind == "compute" and (major, minor) <= tuple(capability):
+            return True
+        if kind == "sm" and major == capability[0] and minor <= capability[1]:
+            return True
+    return False
+
+
+def missing_kernels(device):
+    """None if this build of torch can use the CUDA ``device``, else what to do about it."""
+    capability = torch.cuda.get_device_capability(device)
+    built_for = torch.cuda.get_arch_list()
+    if supported_by(capability, built_for):
+        return None
+    if capability < (7, 5):
+        cure = "pip install torch==2.7.1 torchvision==0.22.1"
+    else:
+        cure = "pip install --upgrade torch torchvision"
+    return (
+        f"{torch.cuda.get_device_name(device)} has compute capability "
+        f"{capability[0]}.{capability[1]}, torch {torch.__version__} has kernels for "
+        f"{' '.join(built_for)} only. Install one that fits: {cure}"
+    )
+
+
+def pick_device(name):
+    """The `torch.device` for ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+
+    ``auto`` is the GPU where there is one that works, else the CPU. Raises ValueError
+    where a device asked for by name is not there or cannot be used.
+    """
+    if name == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        problem = missing_kernels("cuda")
+        if problem:
+            print(f"{problem}\nTraining on the CPU instead.", file=sys.stderr)
+        return torch.device("cpu" if problem else "cuda")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: use auto, cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(
+                f"--device {name}: torch {torch.__version__} finds no NVIDIA GPU, use --device cpu"
+            )
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"--device {name}: there are {torch.cuda.device_count()} GPUs")
+        problem = missing_kernels(device)
+        if problem:
+            raise ValueError(f"--device {name}: {problem}")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"--device {name}: torch finds no Apple GPU, use --device cpu")
+    return device
+
+
+def fast_bfloat16(device):
+    """Whether ``device`` is a CPU that has instructions for bfloat16."""
+    # torch has no public name for it.
+    asks = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return device.type == "cpu" and asks is not None and asks()
+
+
+def precision(amp, device):
+    """(context for the forward pass, `GradScaler`) of mixed precision, or of float32."""
+    if not amp:
+        return nullcontext(), torch.amp.GradScaler(device.type, enabled=False)
+    bfloat16 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    kind = torch.bfloat16 if bfloat16 else torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=kind == torch.float16)
+    return torch.autocast(device.type, kind), scaler
+
+
 def count_parameters(module):
     """Number of trainable parameters in ``module`` and below."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -119,7 +350,7 @@ def count_parameters(module):
 def layer_table(model, img_height=32, img_width=128, batch_size=1):
     """Rows (name, layer, output shape without N, parameters) and sizes of a MicroNet.
 
-    A row a layer, containers included, in the order the data passes them. Sizes
+    One row per layer, containers included, in the order the data passes them. Sizes
     are in MB of 2^20 bytes at 4 bytes a number: the input, the forward and
     backward activations (each row's output once in either direction), the
     parameters, and their total.
@@ -128,10 +359,12 @@ def layer_table(model, img_height=32, img_width=128, batch_size=1):
         (rows, {"input": MB, "activations": MB, "parameters": MB, "total": MB})
     """
     shapes = {}
+
+    def record(name, _module, _input, output):
+        shapes[name] = tuple(output.shape)
+
     hooks = [
-        module.register_forward_hook(
-            lambda _module, _input, output, name=name: shapes.update({name: tuple(output.shape)})
-        )
+        module.register_forward_hook(partial(record, name))
         for name, module in model.named_modules()
     ]
     device = next(model.parameters()).device
@@ -158,7 +391,9 @@ def layer_table(model, img_height=32, img_width=128, batch_size=1):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Print the layer table of a MicroNet.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--nh", type=int, default=16, help="channels (default: %(default)s)")
     parser.add_argument("--depth", type=int, default=2, help="MicroBlocks (default: %(default)s)")
     parser.add_argument(

@@ -3,13 +3,12 @@
     python benchmarks/bench_distributed.py
 
 On CPUs, by torchrun with gloo, each process with one thread. Two things: the accuracy that
-the simple task ends with, and the images a second of a network with nh = 128.
+the simple task ends with, and the images per second of a network with nh = 128.
 """
 
 import argparse
 import csv
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -17,8 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
+from common import ROOT, draw, print_machine, spread
 
 
 def train(processes, data, out, *flags):
@@ -41,26 +39,19 @@ def train(processes, data, out, *flags):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Compare two training processes with one.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=2, help="0 to SEEDS-1 (default: %(default)s)")
     parser.add_argument(
         "--rounds", type=int, default=3, help="of the speed's measurement (default: %(default)s)"
     )
     args = parser.parse_args()
-    print(
-        f"machine: {platform.platform()}, {os.cpu_count()} cores, Python "
-        f"{platform.python_version()}, torch {torch.__version__}, 1 thread a process",
-        flush=True,
-    )
+    print_machine(torch, threads=1)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         data = folder / "data"
-        subprocess.run(
-            [sys.executable, ROOT / "gen_image.py", "--out", data],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        draw(data)
         rates = {1: [], 2: []}
         for turn in range(args.rounds):
             for processes, measured in rates.items():
@@ -70,13 +61,10 @@ def main():
                 seconds = float(rows[1]["seconds"]) - float(rows[0]["seconds"])
                 measured.append(5000 / seconds)
         for processes, measured in rates.items():
-            print(
-                f"nh 128, {processes} processes: median {statistics.median(measured):.0f} images/s "
-                f"({min(measured):.0f} to {max(measured):.0f}, {args.rounds} runs)",
-                flush=True,
-            )
+            rate = spread(measured, 0)
+            print(f"nh 128, {processes} processes: {rate} images/s, {args.rounds} runs", flush=True)
         gain = statistics.median(rates[2]) / statistics.median(rates[1])
-        print(f"two processes train {gain:.2f} times the images a second", flush=True)
+        print(f"two processes train {gain:.2f} times the images per second", flush=True)
         for seed in range(args.seeds):
             last = [
                 float(

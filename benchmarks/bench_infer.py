@@ -8,8 +8,8 @@ the other.
 """
 
 import argparse
+import importlib.util
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -20,19 +20,13 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
+from common import FRESH_SEED, ROOT, draw, measured, print_machine
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from ctc_label_converter import Search
+from dataset import read_label_file
+from infer_tool import BATCH_SIZE, SHIPPED_WEIGHTS, RecInfer
+from metric import expected_calibration_error, word_accuracy
 
-from bench_train import measured  # noqa: E402
-
-from ctc_label_converter import Search  # noqa: E402
-from dataset import read_label_file  # noqa: E402
-from infer_tool import SHIPPED_WEIGHTS, RecInfer  # noqa: E402
-from metric import expected_calibration_error, word_accuracy  # noqa: E402
-
-FRESH_SEED = 1000
-BATCH = 64  # images
 SEARCHED, PEER = 2000, 200  # images that are searched in all ways, and read by the peer
 TORCH_FREE = ("numpy", "pillow", "tqdm", "onnxruntime")
 
@@ -59,13 +53,13 @@ def network_alone(reader, pixels):
 
     def run():
         with torch.inference_mode():
-            reader.model(images)
+            reader.recogniser.model(images)
 
     return run
 
 
 def images_a_second(network, count, seconds=2.0):
-    """Images a second through a function that takes ``count`` of them through the network."""
+    """Images per second through a function that takes ``count`` of them through the network."""
     network()
     done, began = 0, time.perf_counter()
     while time.perf_counter() - began < seconds:
@@ -76,11 +70,11 @@ def images_a_second(network, count, seconds=2.0):
 
 def measure_reader(reader, samples):
     """The network alone, bytes to text: (median, 95th percentile) in ms; images/s in batches."""
-    pixels = np.stack([reader._pixels(data, "") for data in samples[:BATCH]])
+    pixels = np.stack([reader._pixels(data, "") for data in samples[:BATCH_SIZE]])
     one = network_alone(reader, pixels[:1])
     network = milliseconds(lambda i: one(), 400)
     whole = milliseconds(lambda i: reader.predict(samples[i % len(samples)]), 400)
-    return network, whole, images_a_second(network_alone(reader, pixels), BATCH)
+    return network, whole, images_a_second(network_alone(reader, pixels), BATCH_SIZE)
 
 
 def measure_commands(task, folder, python, weights):
@@ -148,15 +142,13 @@ def measure_search(reader, samples, labels):
         texts = [reading.text for reading in reader.predict(samples, search)]
         cost = (time.perf_counter() - began) / len(samples) * 1000
         print(
-            f"  {what}: {word_accuracy(texts, labels):.4f} right, {cost:.2f} ms an image",
+            f"  {what}: {word_accuracy(texts, labels):.4f} right, {cost:.2f} ms per image",
             flush=True,
         )
 
 
 def measure_peer(name, samples, labels):
     """The tool that people would pick instead, on the same images: accuracy, latency, size."""
-    import importlib.util
-
     if importlib.util.find_spec(name) is None:
         sys.exit(f"bench_infer.py: error: --peer {name} is not installed: pip install {name}")
     import ddddocr
@@ -181,8 +173,48 @@ def installed_megabytes(folder):
     return (after - before) / 1e6, python
 
 
+def measure_threads(weights, samples):
+    """One thread and all: a line for each. Returns the `Reading`s of all samples."""
+    for threads in sorted({1, os.cpu_count()}):
+        torch.set_num_threads(threads)
+        reader = RecInfer(weights, threads=threads)
+        network, whole, rate = measure_reader(reader, samples)
+        print(
+            f"  {weights.name:<26}{weights.stat().st_size:>8}{threads:>9}"
+            f"{network[0]:>10.3f} ({network[1]:.3f}){whole[0]:>16.3f} ({whole[1]:.3f})"
+            f"{rate:>10.0f}",
+            flush=True,
+        )
+    return reader.predict(samples)
+
+
+def measure_task(task, data, python, peer):
+    """All that is measured of a task's shipped networks, on the fresh images in ``data``."""
+    lines = read_label_file(data / "test.txt")
+    samples = [(data / name).read_bytes() for _, name, _ in lines]
+    labels = [label for _, _, label in lines]
+    checkpoint, exported = SHIPPED_WEIGHTS[task], SHIPPED_WEIGHTS[task].with_suffix(".onnx")
+    print(f"{task}, {len(samples)} fresh images")
+    print(f"  {'file':<26}{'bytes':>8}{'threads':>9}", end="")
+    print(f"{'network ms (p95)':>18}{'bytes to text ms (p95)':>24}{'images/s':>10}")
+    ours = measure_threads(checkpoint, samples)
+    theirs = measure_threads(exported, samples)
+    same = sum(a.text == b.text for a, b in zip(ours, theirs, strict=True))
+    print(f"  same text from .pth and .onnx: {same} of {len(samples)}")
+    measure_calibration(checkpoint.suffix, ours, labels)
+    measure_calibration(exported.suffix, theirs, labels)
+    measure_rejection(theirs, labels)
+    measure_search(RecInfer(exported), samples[:SEARCHED], labels[:SEARCHED])
+    measure_commands(task, data / "test", sys.executable, checkpoint)
+    measure_commands(task, data / "test", python, exported)
+    if peer:
+        measure_peer(peer, samples[:PEER], labels[:PEER])
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Measure reading with the shipped networks.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--tasks", nargs="+", choices=SHIPPED_WEIGHTS, default=list(SHIPPED_WEIGHTS),
         help="tasks to measure (default: all)",
@@ -194,53 +226,15 @@ def main():
         "--peer", choices=["ddddocr"], help="measure this tool too, on the same images"
     )
     args = parser.parse_args()
-    cores = os.cpu_count()
-    print(f"machine: {platform.platform()}, {platform.machine()}, {cores} cores")
-    print(
-        f"Python {platform.python_version()}, torch {torch.__version__}, "
-        f"onnxruntime {onnxruntime.__version__}, numpy {np.__version__}"
-    )
+    print_machine(torch, onnxruntime, np)
     with tempfile.TemporaryDirectory() as scratch:
         megabytes, python = installed_megabytes(Path(scratch, "venv"))
         print(f"{' '.join(TORCH_FREE)}, installed: {megabytes:.0f} MB")
         for task in args.tasks:
             data = Path(scratch, task)
-            measured(
-                sys.executable, ROOT / "gen_image.py", "--task", task, "--out", data, "--train", 1,
-                "--test", args.images, "--seed", FRESH_SEED,
-            )  # fmt: skip
-            lines = read_label_file(data / "test.txt")
-            samples = [(data / name).read_bytes() for _, name, _ in lines]
-            labels = [label for _, _, label in lines]
-            print(f"{task}, {len(samples)} fresh images")
-            readings = {}
-            print(f"  {'file':<26}{'bytes':>8}{'threads':>9}", end="")
-            print(f"{'network ms (p95)':>18}{'bytes to text ms (p95)':>24}{'images/s':>10}")
-            for weights in (SHIPPED_WEIGHTS[task], SHIPPED_WEIGHTS[task].with_suffix(".onnx")):
-                for threads in sorted({1, cores}):
-                    torch.set_num_threads(threads)
-                    reader = RecInfer(weights, threads=threads)
-                    network, whole, rate = measure_reader(reader, samples)
-                    print(
-                        f"  {weights.name:<26}{weights.stat().st_size:>8}{threads:>9}"
-                        f"{network[0]:>10.3f} ({network[1]:.3f}){whole[0]:>16.3f} ({whole[1]:.3f})"
-                        f"{rate:>10.0f}",
-                        flush=True,
-                    )
-                readings[weights.suffix] = reader.predict(samples)
-            texts = {kind: [r.text for r in found] for kind, found in readings.items()}
-            same = sum(a == b for a, b in zip(*texts.values(), strict=True))
-            print(f"  same text from .pth and .onnx: {same} of {len(samples)}")
-            for kind, found in readings.items():
-                measure_calibration(kind, found, labels)
-            measure_rejection(found, labels)
-            measure_search(reader, samples[:SEARCHED], labels[:SEARCHED])
-            measure_commands(task, data / "test", sys.executable, SHIPPED_WEIGHTS[task])
-            measure_commands(
-                task, data / "test", python, SHIPPED_WEIGHTS[task].with_suffix(".onnx")
-            )
-            if args.peer:
-                measure_peer(args.peer, samples[:PEER], labels[:PEER])
+            size = ["--train", 1, "--test", args.images, "--seed", FRESH_SEED]
+            draw(data, "--task", task, *size)
+            measure_task(task, data, python, args.peer)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import argparse
 import collections
 import io
 import multiprocessing
-import platform
 import random
 import struct
 import sys
@@ -22,13 +21,12 @@ import warnings
 import zlib
 from pathlib import Path
 
+import PIL
+from common import ROOT, print_machine
 from PIL import Image
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from infer_tool import SHIPPED_WEIGHTS, RecInfer  # noqa: E402
+from infer_tool import SHIPPED_WEIGHTS, RecInfer
 
 CHUNK = 100  # files a process reads before it reports
 MODES = {
@@ -136,9 +134,11 @@ def read_files(connection, seed, weights):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Read broken image files.")
-    parser.add_argument("--files", type=int, default=20000, help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--files", type=int, default=20000, help="to read (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="same files (default: %(default)s)")
     parser.add_argument(
         "--weights",
         type=Path,
@@ -146,7 +146,7 @@ def main():
         help="network to read with (default: the shipped one of the simple task)",
     )
     args = parser.parse_args()
-    print(f"machine: {platform.platform()}, Python {platform.python_version()}, seed {args.seed}")
+    print_machine(PIL)
     outcomes, problems, slowest, most = collections.Counter(), [], 0.0, 0.0
     context, process, number = multiprocessing.get_context("spawn"), None, 0
     bar = tqdm(total=args.files, unit="file", disable=None)

@@ -11,7 +11,6 @@ from its seconds, must equal those of the undisturbed training.
 
 import argparse
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -20,8 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
+from common import ROOT, draw, print_machine
 
 
 def start(folder, data, epochs, *flags):
@@ -35,6 +33,11 @@ def start(folder, data, epochs, *flags):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
+
+
+def saved_tensors(folder):
+    """The files of a training that have to be readable after every kill."""
+    return [*folder.glob("*.pth"), *folder.glob("*.resume")]
 
 
 def outcome(folder):
@@ -56,7 +59,9 @@ def equal(one, other):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Kill trainings and resume them.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20, help="at least (default: %(default)s)")
     parser.add_argument(
         "--epochs", type=int, default=8, help="of a training (default: %(default)s)"
@@ -64,20 +69,11 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     args = parser.parse_args()
     moments = random.Random(args.seed)
-    print(f"machine: {platform.platform()}, Python {platform.python_version()}, torch "
-          f"{torch.__version__}, 1 thread, seed {args.seed}")  # fmt: skip
+    print_machine(torch, threads=1)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         data = folder / "digits"
-        subprocess.run(
-            [
-                sys.executable, ROOT / "gen_image.py", "--alphabet", "digits", "--train", "1500",
-                "--test", "100", "--out", data,
-            ],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        draw(data, "--alphabet", "digits", "--train", 1500, "--test", 100)
         began = time.perf_counter()
         if start(folder / "whole", data, args.epochs).wait():
             sys.exit("the undisturbed training failed")
@@ -100,7 +96,7 @@ def main():
                     process.wait()
                 kills += 1
                 in_this += 1
-                for path in [*out.glob("*.pth"), *out.glob("*.resume")]:
+                for path in saved_tensors(out):
                     torch.load(path, weights_only=True)
             trainings += 1
             same = code == 0 and equal(outcome(out), expected)

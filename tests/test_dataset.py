@@ -1,86 +1,16 @@
-"""Reading images and label files: every kind that is good, and every kind that is not."""
+"""Data sets however they are kept, and everything that can be wrong with them."""
 
-import io
-import random
 import struct
 import zlib
-from statistics import median
 
 import numpy as np
 import pytest
-from conftest import assert_clear_error, run_script
-from PIL import Image, ImageDraw, ImageFont
+from helpers import assert_clear_error, jpeg, picture, png, run_script
+from PIL import Image
 
-from dataset import (
-    MAX_PIXELS,
-    ImageError,
-    Preprocess,
-    TextImageDataset,
-    check,
-    columns_needed,
-    find_separators,
-    fitting_preprocess,
-    read_image,
-    read_label_file,
-    text_box,
-)
-
-
-def png(image, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", **options)
-    return buffer.getvalue()
-
-
-def jpeg(image):
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def picture():
-    """A grey picture of 64x32 pixels, dark to light from left to right."""
-    return Image.fromarray(np.tile(np.linspace(0, 255, 64, dtype=np.uint8), (32, 1)))
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "F"])
-def test_every_mode_looks_the_same(mode):
-    image = read_image(picture().convert(mode))
-    assert image.mode == "RGB"
-    difference = np.asarray(image, float) - np.asarray(picture().convert("RGB"), float)
-    # Black and white is dithered: equal on average, not pixel by pixel.
-    assert np.abs(difference.mean() if mode == "1" else difference).max() < 8
-
-
-def test_sixteen_bits_are_scaled_and_not_clipped():
-    deep = Image.fromarray(np.asarray(picture(), np.uint16) * 257)
-    assert np.array_equal(read_image(png(deep)), picture().convert("RGB"))
-
-
-def test_transparency_is_white():
-    for image in (Image.new("RGBA", (8, 8), (0, 0, 0, 0)), Image.new("LA", (8, 8), (0, 0))):
-        assert read_image(png(image)).getpixel((4, 4)) == (255, 255, 255)
-    palette = picture().convert("P")
-    black = palette.getpixel((0, 0))
-    image = read_image(png(palette, transparency=black))
-    assert image.getpixel((0, 0)) == (255, 255, 255)
-    assert image.getpixel((32, 0)) == palette.convert("RGB").getpixel((32, 0))
-
-
-def test_exif_orientation_is_applied():
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    buffer = io.BytesIO()
-    picture().save(buffer, "JPEG", exif=exif)
-    assert read_image(buffer.getvalue()).size == (32, 64)
-
-
-def test_resizing():
-    assert Preprocess()(Image.new("RGB", (160, 60))).shape == (3, 32, 84)
-    assert Preprocess(width=128)(Image.new("RGB", (160, 60))).shape == (3, 32, 128)
-    assert Preprocess()(Image.new("RGB", (2, 200))).shape == (3, 32, 4)
-    with pytest.raises(ImageError, match="wide"):
-        Preprocess()(Image.new("RGB", (9000, 10)))
+from collatefn import TextImageDataset
+from dataset import DataOptions, check, find_separators, read_label_file
+from image import MAX_PIXELS, Preprocess
 
 
 def bomb(width, height):
@@ -156,7 +86,7 @@ def write_broken_set(folder):
 def test_everything_broken_is_named_with_its_line_all_at_once(tmp_path):
     assert MAX_PIXELS < 12000 * 12000
     broken = write_broken_set(tmp_path)
-    checked = check(tmp_path, "0123456789", Preprocess())
+    checked = check(tmp_path, DataOptions(alphabet="0123456789", preprocess=Preprocess()))
     problems = {int(problem.split("train.txt:")[1].split(":")[0]): problem
                 for problem in checked.problems}  # fmt: skip
     assert len(problems) == len(checked.problems)
@@ -194,9 +124,9 @@ def test_a_good_data_set_with_bom_crlf_spaces_and_mixed_widths(tmp_path):
     assert checked.alphabet == " 123"
     for in_memory in (True, False):
         data = TextImageDataset(checked.train, Preprocess(), in_memory)
-        assert [(data[i][0].shape, data[i][1]) for i in range(len(data))] == [
-            ((3, 32, 64), " 1 2"),
-            ((3, 32, 32), "3"),
+        assert [(data[i][0].shape, *data[i][1:]) for i in range(len(data))] == [
+            ((3, 32, 64), " 1 2", 0),
+            ((3, 32, 32), "3", 1),
         ]
         assert data[0][0].dtype == np.uint8
 
@@ -221,9 +151,9 @@ def test_the_same_set_however_it_is_kept(tmp_path):
     lines = [f"{i}.png\t{word}\n" for i, word in enumerate(words)]
     (tmp_path / "list" / "labels.txt").write_text("".join(lines), encoding="utf-8")
     for data in ("names", "list", "list/labels.txt"):
-        checked = check(tmp_path / data, val_fraction=0.25, seed=3)
-        again = check(tmp_path / data, val_fraction=0.25, seed=3)
-        other = check(tmp_path / data, val_fraction=0.25, seed=4)
+        checked = check(tmp_path / data, DataOptions(val_fraction=0.25, seed=3))
+        again = check(tmp_path / data, DataOptions(val_fraction=0.25, seed=3))
+        other = check(tmp_path / data, DataOptions(val_fraction=0.25, seed=4))
         assert labels(checked.train + checked.test) == words
         assert len(checked.test) == 15
         assert checked == again
@@ -245,7 +175,7 @@ def test_the_same_set_however_it_is_kept(tmp_path):
 def test_the_same_picture_is_never_on_both_sides_of_a_split(tmp_path):
     for i in range(100):
         picture().rotate(i // 4).save(tmp_path / f"{i // 4:03d}-{i % 4}.png")
-    checked = check(tmp_path, val_fraction=0.3)
+    checked = check(tmp_path, DataOptions(val_fraction=0.3))
     assert not checked.problems
     assert len(checked.train) + len(checked.test) == 100
     assert not {s.label for s in checked.train} & {s.label for s in checked.test}
@@ -270,64 +200,12 @@ def test_given_separator_and_folded_case(tmp_path):
     named_images(tmp_path / "plates", ["AB-12.png", "CD-34.png", "eF-56.png"])
     found = check(tmp_path / "plates")
     assert labels(found.train + found.test) == ["AB", "CD", "eF"]
-    whole = check(tmp_path / "plates", separator="")
+    whole = check(tmp_path / "plates", DataOptions(separator=""))
     assert labels(whole.train + whole.test) == ["AB-12", "CD-34", "eF-56"]
-    folded = check(tmp_path / "plates", separator="", ignore_case=True)
+    folded = check(tmp_path / "plates", DataOptions(separator="", ignore_case=True))
     assert folded.alphabet == "-123456abcdef"
-    upper = check(tmp_path / "plates", "ABCDEF", ignore_case=True)
+    upper = check(tmp_path / "plates", DataOptions(alphabet="ABCDEF", ignore_case=True))
     assert labels(upper.train + upper.test) == ["AB", "CD", "EF"]
-
-
-def test_the_size_fits_the_labels():
-    def fitting(size, label, text=None, **given):
-        return fitting_preprocess([(size, text or size, label)] * 20, **given)
-
-    assert fitting((160, 40), "abcd") == Preprocess(32, None)
-    assert fitting((430, 80), "abcd") == Preprocess(48, None)
-    assert fitting((430, 80), "abcd", width=128) == Preprocess(48, 128)
-    assert fitting((430, 80), "abcd", height=64) == Preprocess(64, None)
-    assert fitting((430, 80), "abcd", text=(200, 60)) == Preprocess(40, None, True)
-    assert fitting((430, 80), "abcd", text=(400, 60)) == Preprocess(48, None)
-    assert fitting((430, 80), "abcd", text=(200, 60), trim=False) == Preprocess(48, None)
-    wide = fitting((40, 60), "12345678")
-    assert wide.width // 4 >= 10
-    # Not what the image has room for, but what its text has.
-    assert fitting((430, 80), "12345678", text=(30, 60)).width // 4 >= 10
-    tall = ((40, 60), (40, 60))
-    mistaken = fitting_preprocess([*[(*tall, "12345678")] * 400, (*tall, "1" * 300)])
-    assert mistaken == wide
-
-
-def test_text_is_found_in_much_background():
-    """Of any size, anywhere, light or dark, with lines across: all of it, and little else."""
-    rng, times = random.Random(0), []
-    for turn in range(60):
-        ground, ink = rng.sample([(255, 250, 240), (20, 30, 60)], 2)
-        image = Image.new("RGB", (400, 90), ground)
-        draw = ImageDraw.Draw(image)
-        for _ in range(turn % 3):
-            points = [(x, rng.randrange(90)) for x in (0, 399)]
-            draw.line(points, fill=ink)
-        font = ImageFont.load_default(rng.randrange(18, 40))
-        place = rng.randrange(10, 150), rng.randrange(5, 40)
-        text = "".join(rng.choices("ABEHKMRSX2345689", k=rng.randrange(4, 8)))
-        draw.text(place, text, font=font, fill=ink)
-        left, top, right, bottom = draw.textbbox(place, text, font=font)
-        found = text_box(image)
-        assert found[0] <= left and found[1] <= top, text
-        assert found[2] >= right and found[3] >= bottom, text
-        area = (found[2] - found[0]) * (found[3] - found[1])
-        times.append(area / (right - left) / (bottom - top))
-    assert median(times) < 3
-
-
-@pytest.mark.parametrize("size", [(2, 2), (2, 90), (90, 2), (33, 17)])
-def test_an_image_without_text_is_kept_whole(size):
-    assert text_box(Image.new("RGB", size, "red")) == (0, 0, *size)
-    noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)
-    left, top, right, bottom = text_box(Image.fromarray(noise))
-    assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
-    assert Preprocess(trim=True)(Image.fromarray(noise)).shape[1] == 32
 
 
 def test_the_report(tmp_path):
@@ -380,7 +258,3 @@ def test_bad_label_files(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as error:
         read_label_file(path)
     assert str(path) in str(error.value)
-
-
-def test_columns_needed():
-    assert [columns_needed(label) for label in ("a", "ab", "aa", "aaa", "abba")] == [1, 2, 3, 5, 5]

@@ -5,14 +5,17 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
-from conftest import ENVIRONMENT, ROOT, assert_clear_error, run_script
+from helpers import ENVIRONMENT, ROOT, SAMPLES, assert_clear_error, run_script
 from PIL import Image
 
-from infer_tool import SHIPPED_WEIGHTS
+from dataset import read_label_file
+from infer_tool import SHIPPED_WEIGHTS, RecInfer
+from model import load_checkpoint, save_checkpoint
 
-SAMPLES = ROOT / "assets" / "samples" / "simple"
+SIMPLE = SAMPLES / "simple"
 NETWORK = ["--weights", SHIPPED_WEIGHTS["simple"].with_suffix(".onnx")]
 
 
@@ -21,7 +24,7 @@ def folder(tmp_path_factory):
     """Samples below a folder, one of them broken, and a label file with one wrong label."""
     folder = tmp_path_factory.mktemp("demo") / "a folder"
     (folder / "deep" / "er").mkdir(parents=True)
-    paths = sorted(SAMPLES.glob("*.png"))[:6]
+    paths = sorted(SIMPLE.glob("*.png"))[:6]
     for i, path in enumerate(paths):
         shutil.copy(path, folder / ("deep/er" if i % 2 else "."))
     (folder / "broken.PNG").write_bytes(paths[0].read_bytes()[:200])
@@ -49,7 +52,7 @@ def test_a_folder_as_json_goes_on_after_a_broken_image(folder, tmp_path):
 
 
 def test_paths_on_standard_input_in_any_number_and_order(tmp_path):
-    paths = [str(path) for path in sorted(SAMPLES.glob("*.png"), reverse=True)] * 40
+    paths = [str(path) for path in sorted(SIMPLE.glob("*.png"), reverse=True)] * 40
     process = subprocess.run(
         [sys.executable, ROOT / "demo.py", *NETWORK, "-"], input="\n".join(paths) + "\n",
         capture_output=True, text=True, encoding="utf-8", env=ENVIRONMENT, cwd=tmp_path, check=True,
@@ -90,12 +93,12 @@ def test_constraints_hold(tmp_path):
         assert process.returncode == 0, process.stderr
         return [line.split("\t")[1] for line in process.stdout.splitlines()]
 
-    stems = [path.stem for path in sorted(SAMPLES.glob("*.png"))]
+    stems = [path.stem for path in sorted(SIMPLE.glob("*.png"))]
     assert texts("--beam", 5, "--top", 3) == stems
     assert {len(text) for text in texts("--length", "2-3")} <= {2, 3}
     assert all(re.fullmatch(r"\d*", text) for text in texts("--alphabet-subset", "digits"))
     assert set(texts("--lexicon", "words.txt")) <= {"0AAc", "wxyz"}
-    assert texts("--lexicon", "words.txt", SAMPLES / "0AAc.png") == ["0AAc"]
+    assert texts("--lexicon", "words.txt", SIMPLE / "0AAc.png") == ["0AAc"]
 
 
 def test_bad_flags(tmp_path):
@@ -115,3 +118,65 @@ def test_broken_files_of_all_formats_never_hurt():
     process = run_script("benchmarks/fuzz_images.py", "--files", 1000, "--seed", 7, cwd=ROOT)
     assert process.returncode == 0, process.stdout + process.stderr
     assert "problems: 0" in process.stdout
+
+
+@pytest.mark.parametrize(("task", "limit"), [("complex", 1_500_000), ("chinese", 5_000_000)])
+def test_demo_picks_a_task(task, limit, tmp_path):
+    assert SHIPPED_WEIGHTS[task].stat().st_size <= limit
+    folder = SAMPLES / task
+    samples = sorted(folder.glob("*.png"))
+    labels = {path.name: path.stem for path in samples}
+    if task == "chinese":  # not every system can hold their texts in file names
+        labels = {name: label for _, name, label in read_label_file(folder / "labels.txt")}
+    process = run_script("demo.py", "--task", task, "--save", "sheet.png", cwd=tmp_path)
+    lines = [line.split("\t") for line in process.stdout.splitlines()]
+    assert [line[1] for line in lines] == [labels[path.name] for path in samples]
+    assert len(lines) >= 8
+    assert (tmp_path / "sheet.png").exists()
+
+
+def test_demo_without_arguments_reads_the_samples(tmp_path):
+    process = run_script("demo.py", cwd=tmp_path)
+    assert process.returncode == 0
+    assert str(SHIPPED_WEIGHTS["simple"]) in process.stderr
+    assert f"no weights of a training in {tmp_path / 'save_model'}" in process.stderr
+    lines = [line.split("\t") for line in process.stdout.splitlines()]
+    assert [line[1] for line in lines] == [path.stem for path in sorted(SIMPLE.glob("*.png"))]
+
+
+def test_demo_reads_files_as_json_with_the_weights_last_written(trained, digits, tmp_path):
+    shutil.copytree(trained[0] / "save_model", tmp_path / "save_model")
+    image = digits / "test" / "00000.png"
+    label = (digits / "test.txt").read_text(encoding="utf-8").splitlines()[0].split("\t")[1]
+    process = run_script(
+        "demo.py", image, "none.png", image, "--json", "--save", "sheet.png", cwd=tmp_path
+    )
+    assert_clear_error(process, "none.png", "save_model")
+    results = [json.loads(line) for line in process.stdout.splitlines()]
+    assert list(results.pop(1)) == ["image", "error"]
+    assert len(results) == 2
+    assert list(results[0]) == ["image", "text", "confidence", "characters"]
+    assert results[0]["text"] == label
+    assert [entry["char"] for entry in results[0]["characters"]] == list(label)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 2 * 96
+
+
+def test_weights_of_a_task_are_known_by_what_they_say_not_by_their_name(trained, tmp_path):
+    (tmp_path / "save_model").mkdir()
+    [start] = (trained[0] / "save_model").glob("*.pth")
+    photos = tmp_path / "save_model" / "simple_photos_nh16_depth2.pth"
+    shutil.copy(start, photos)
+    process = run_script("demo.py", "--task", "simple", cwd=tmp_path)
+    assert "no weights of the task simple in" in process.stderr
+    assert f"weights: {SHIPPED_WEIGHTS['simple']}" in process.stderr
+    own = tmp_path / "save_model" / "simple_nh16_depth2.pth"
+    save_checkpoint(own, replace(load_checkpoint(start), task="simple"))
+    shutil.copy(start, photos)  # is the last that was written
+    for flags, expected in ([], photos), (["--task", "simple"], own):
+        process = run_script("demo.py", *flags, cwd=tmp_path)
+        assert f"weights: {expected.relative_to(tmp_path)}" in process.stderr
+    exported = tmp_path / "task.onnx"
+    flags = ["export", "--weights", own, "--out", exported]
+    assert run_script("infer_tool.py", *flags, cwd=tmp_path).returncode == 0
+    assert [RecInfer(path).task for path in (own, photos, exported)] == ["simple", None, "simple"]

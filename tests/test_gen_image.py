@@ -8,11 +8,11 @@ import time
 
 import pytest
 from captcha.image import DEFAULT_FONTS, ImageCaptcha
-from conftest import ROOT, assert_clear_error, run_script
+from helpers import ROOT, assert_clear_error, run_script
 from PIL import Image
 
 import gen_image
-from dataset import find_chinese_font
+from image import find_chinese_font
 from keys import ALPHABETS
 
 SMALL = ["--train", 130, "--test", 20]

@@ -34,3 +34,7 @@ def test_wilson_interval():
 def test_confusions_name_what_was_read_for_what():
     pairs = confusions(["A0C", "AC", "XABC", "ok"], ["AOC", "ABC", "ABC", "ok"])
     assert pairs == {("O", "0"): 1, ("B", ""): 1, ("", "X"): 1}
+
+
+def test_confusions_of_texts_of_other_lengths():
+    assert confusions(["abd", "ab"], ["abc", "abb"]) == {("c", "d"): 1, ("b", ""): 1}

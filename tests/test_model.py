@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import run_script
+from helpers import run_script
 
-from model import MicroNet, count_parameters, layer_table
+from model import MicroNet, count_parameters, layer_table, load_checkpoint, supported_by
 
 SIZES = {  # MB: input, activations, parameters, total
     16: ("0.05", "0.73", "0.04", "0.82"),
@@ -78,3 +78,24 @@ def test_shapes_that_do_not_fit_are_refused():
             model(torch.zeros(shape))
     with pytest.raises(ValueError, match="img_height"):
         MicroNet(img_height=30)
+
+
+class Hostile:
+    def __reduce__(self):
+        return print, ("this code must not run",)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path, capfd):
+    torch.save({"nh": Hostile()}, tmp_path / "hostile.pth")
+    with pytest.raises(ValueError, match=r"hostile.pth: is not a MicroOCR checkpoint"):
+        load_checkpoint(tmp_path / "hostile.pth")
+    assert "must not run" not in capfd.readouterr().out
+
+
+def test_which_torch_runs_on_which_card():
+    pascal_build, new_build = ["sm_50", "sm_60", "sm_70", "sm_90"], ["sm_75", "sm_90", "sm_100"]
+    assert supported_by((6, 1), pascal_build)  # GTX 1060: machine code for 6.0 serves 6.1
+    assert not supported_by((6, 1), new_build)
+    assert not supported_by((12, 0), pascal_build)
+    assert supported_by((12, 0), [*pascal_build, "compute_90"])
+    assert not supported_by((8, 0), ["sm_86"])

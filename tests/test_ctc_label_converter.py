@@ -1,11 +1,20 @@
-"""Prefix beam search and its constraints, against the enumeration of all alignments."""
+"""Encoding, decoding and searching, against the enumeration of all alignments."""
 
 from itertools import groupby, product
 
 import numpy as np
 import pytest
 
-from ctc_label_converter import BLANK, CTCLabelConverter, Search, softmax
+from ctc_label_converter import (
+    BLANK,
+    TEMPERATURES,
+    CTCLabelConverter,
+    Search,
+    columns_needed,
+    fit_temperature,
+    length_range,
+    softmax,
+)
 
 ALPHABET = "ab1"
 COLUMNS = 5
@@ -23,6 +32,51 @@ def texts_by_definition(probs):
         text = "".join(ALPHABET[k - 1] for k, _ in groupby(path) if k != BLANK)
         texts[text] = texts.get(text, 0) + np.prod(probs[np.arange(COLUMNS), path])
     return texts
+
+
+def test_encode_numbers_the_alphabet_from_1():
+    targets, lengths = CTCLabelConverter(ALPHABET).encode(["ba1", "a"])
+    assert targets.tolist() == [2, 1, 3, 1]
+    assert lengths.tolist() == [3, 1]
+    with pytest.raises(ValueError, match="'c'"):
+        CTCLabelConverter(ALPHABET).encode(["abc"])
+
+
+def test_decode_against_the_definition():
+    """Text, character and text probabilities, by enumeration of all paths."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (30, 5, 4))
+    columns = rng.integers(1, 6, 30)
+    readings = CTCLabelConverter(ALPHABET).decode(logits, columns)
+    for scores, width, reading in zip(logits, columns, readings, strict=True):
+        probs = np.exp(scores[:width])
+        probs /= probs.sum(1, keepdims=True)
+        runs, start = [], 0
+        for k, run in groupby(probs.argmax(1)):
+            length = len(list(run))
+            if k != BLANK:
+                runs.append((ALPHABET[k - 1], probs[start : start + length, k].max()))
+            start += length
+        assert reading.text == "".join(character for character, _ in runs)
+        assert reading.char_confidences == pytest.approx([best for _, best in runs])
+        total = 0.0
+        for path in product(range(4), repeat=int(width)):
+            text = "".join(ALPHABET[k - 1] for k, _ in groupby(path) if k != BLANK)
+            if text == reading.text:
+                total += np.prod(probs[np.arange(width), path])
+        assert reading.confidence == pytest.approx(total)
+
+
+def test_decode_does_not_see_padding_or_neighbours():
+    rng = np.random.default_rng(1)
+    logits = rng.normal(0, 3, (8, 12, 4)).astype(np.float32)
+    columns = rng.integers(1, 13, 8)
+    converter = CTCLabelConverter(ALPHABET)
+    together = converter.decode(logits, columns)
+    for i, width in enumerate(columns):
+        [alone] = converter.decode(logits[i : i + 1, :width])
+        assert alone.text == together[i].text
+        assert alone.confidence == pytest.approx(together[i].confidence)
 
 
 @pytest.mark.parametrize(
@@ -100,3 +154,28 @@ def test_constraints_that_admit_nothing_are_refused(logits):
         converter.search(logits, Search(lexicon=("xyz", "ab"), longest=1))
     [reading, *_] = converter.search(logits, Search(shortest=COLUMNS + 1))
     assert (reading.text, reading.confidence) == ("", 0.0)
+
+
+def test_columns_needed():
+    assert [columns_needed(label) for label in ("a", "ab", "aa", "aaa", "abba")] == [1, 2, 3, 5, 5]
+
+
+def test_the_temperature_makes_confidences_as_likely_as_texts_are_right():
+    """Logits made too sure by some factor are divided by it again."""
+    rng = np.random.default_rng(0)
+    probs = rng.dirichlet([0.15] * 4, (3000, 1))  # one column: its best class is the text
+    classes = [rng.choice(4, p=p[0]) for p in probs]
+    labels = ["".join(ALPHABET[k - 1] for k in [k] if k != BLANK) for k in classes]
+    converter = CTCLabelConverter(ALPHABET)
+    for factor in (TEMPERATURES[3], TEMPERATURES[8]):
+        batches = [(np.log(probs[:1000]) * factor, [1] * 1000, labels[:1000])]
+        batches += [(np.log(probs[1000:]) * factor, [1] * 2000, labels[1000:])]
+        batches = [(logits, np.array(columns), own) for logits, columns, own in batches]
+        assert fit_temperature(converter, batches) == pytest.approx(factor, rel=0.11)
+
+
+def test_a_range_of_lengths():
+    assert [length_range(text) for text in ("4", "3-8", "12-12")] == [(4, 4), (3, 8), (12, 12)]
+    for text in ("", "0", "8-3", "-3", "a", "3-x"):
+        with pytest.raises(ValueError):
+            length_range(text)

@@ -1,4 +1,4 @@
-"""Export to ONNX, reading without PyTorch, and that a batch changes nothing."""
+"""Reading: all kinds of input alike, neighbours without influence, with and without PyTorch."""
 
 import json
 import os
@@ -9,13 +9,73 @@ import venv
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_clear_error, run_script
+from helpers import ROOT, SAMPLES, assert_clear_error, run_script
+from PIL import Image
 
 from infer_tool import SHIPPED_WEIGHTS, RecInfer
+
+SIMPLE = sorted((SAMPLES / "simple").glob("*.png"))  # named by their text
+
 
 NETWORKS = [
     path.with_suffix(kind) for path in SHIPPED_WEIGHTS.values() for kind in (".pth", ".onnx")
 ]
+
+
+@pytest.fixture(scope="module")
+def reader():
+    return RecInfer(SHIPPED_WEIGHTS["simple"])
+
+
+def test_shipped_weights_read_the_samples_and_are_small(reader):
+    assert SHIPPED_WEIGHTS["simple"].stat().st_size <= 70_000
+    assert len(SIMPLE) >= 10
+    readings = reader.predict(SIMPLE)
+    assert [reading.text for reading in readings] == [path.stem for path in SIMPLE]
+    for reading in readings:
+        assert len(reading.char_confidences) == len(reading.text)
+        assert 0.9 < reading.confidence <= 1
+        assert all(0.9 < confidence <= 1 for confidence in reading.char_confidences)
+
+
+def test_every_kind_of_input_gives_the_same(reader):
+    path = SIMPLE[0]
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"))
+        readings = [
+            reader.predict(source) for source in (path, str(path), path.read_bytes(), image, pixels)
+        ]
+    assert len(set(map(str, readings))) == 1
+    assert reader.predict([]) == []
+    assert isinstance(reader.predict([path]), list)
+
+
+def test_a_batch_changes_nothing(reader):
+    """Images of random widths, in random order and company, read as if alone."""
+    rng = random.Random(0)
+    images = []
+    for path in SIMPLE:
+        with Image.open(path) as image:
+            images.append(image.resize((rng.randrange(40, 300), rng.randrange(20, 80))))
+    alone = [reader.predict(image) for image in images]
+    order = rng.choices(range(len(images)), k=60)
+    for i, reading in zip(order, reader.predict([images[i] for i in order]), strict=True):
+        assert reading.text == alone[i].text
+        assert reading.confidence == pytest.approx(alone[i].confidence, abs=1e-5)
+        assert reading.char_confidences == pytest.approx(alone[i].char_confidences, abs=1e-5)
+
+
+def test_bad_images_are_named(reader, tmp_path):
+    (tmp_path / "text.png").write_text("hello", encoding="utf-8")
+    for source, message in [
+        (tmp_path / "none.png", "none.png: cannot be opened"),
+        (tmp_path / "text.png", "text.png: is not an image"),
+        (b"", "image 0: is not an image"),
+        (np.zeros((32, 32), np.uint8), "image 0: .*shape"),
+        (np.zeros((1, 1, 3), np.uint8), "at least 2x2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            reader.predict(source)
 
 
 def test_shipped_networks_are_exports_of_the_shipped_checkpoints():
@@ -25,7 +85,9 @@ def test_shipped_networks_are_exports_of_the_shipped_checkpoints():
         assert one.converter.alphabet == two.converter.alphabet
         assert one.converter.temperature == two.converter.temperature
         assert one.converter.length == two.converter.length
-        for image in sorted((ROOT / "assets" / "samples").glob("*/*.png")):
+        assert path.name.startswith(f"{one.task}_")
+        assert one.task == two.task
+        for image in sorted(SAMPLES.glob("*/*.png")):
             assert_same(one.predict(image), two.predict(image), 1e-4)
 
 
@@ -39,7 +101,7 @@ def assert_same(one, two, tolerance=1e-5):
 def test_neighbours_do_not_change_a_reading(weights):
     rng, dice = np.random.default_rng(0), random.Random(0)
     reader = RecInfer(weights)
-    samples = [p.read_bytes() for p in sorted((ROOT / "assets" / "samples").glob("*/*.png"))]
+    samples = [p.read_bytes() for p in sorted(SAMPLES.glob("*/*.png"))]
     noise = [
         rng.integers(0, 256, (32, width, 3)).astype(np.uint8) for width in (16, 60, 128, 128, 300)
     ]
@@ -75,7 +137,7 @@ def test_reading_needs_no_torch(tmp_path):
         [python, "-c", "import torch"], capture_output=True, check=False
     ).returncode
     weights = SHIPPED_WEIGHTS["simple"].with_suffix(".onnx")
-    samples = ROOT / "assets" / "samples" / "simple"
+    samples = SAMPLES / "simple"
     process = subprocess.run(
         [python, ROOT / "demo.py", "--weights", weights, samples],
         capture_output=True, text=True, encoding="utf-8", check=False, cwd=tmp_path,
@@ -83,6 +145,12 @@ def test_reading_needs_no_torch(tmp_path):
     assert process.returncode == 0, process.stderr
     texts = [line.split("\t")[1] for line in process.stdout.splitlines()]
     assert texts == [path.stem for path in sorted(samples.glob("*.png"))]
+    loaded = "import sys, demo; print(*(set(sys.argv) & set(sys.modules)))"
+    modules = ["torch", "captcha", "dataset", "collatefn", "model"]
+    process = subprocess.run(
+        [python, "-c", loaded, *modules], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert process.stdout.split() == []
     # Of the other kind of file it can only say what is missing.
     process = subprocess.run(
         [python, ROOT / "demo.py", "--task", "simple"],

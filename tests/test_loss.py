@@ -1,0 +1,58 @@
+"""The loss against what it is defined by, and a sample of classes against all of them."""
+
+import numpy as np
+import pytest
+import torch
+
+from ctc_label_converter import CTCLabelConverter
+from loss import SAMPLED, CTCLoss, sample_classes
+from model import MicroNet
+
+ALPHABET = "ab "
+
+
+def test_loss_ignores_padded_columns_and_fits_the_probability():
+    torch.manual_seed(0)
+    logits = torch.randn(3, 10, 4, requires_grad=True)
+    columns = torch.tensor([10, 4, 6])
+    converter = CTCLabelConverter(ALPHABET)
+    readings = converter.decode(logits.detach().numpy(), columns.numpy())
+    targets, lengths = map(torch.from_numpy, converter.encode([r.text for r in readings]))
+    loss = CTCLoss()(logits, targets, columns, lengths)
+    expected = -np.mean([np.log(reading.confidence) for reading in readings])
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    CTCLoss(smoothing=0.1)(logits, targets, columns, lengths).backward()
+    for gradient, width in zip(logits.grad, columns, strict=True):
+        assert gradient[:width].abs().min() > 0
+        assert gradient[width:].abs().max() == 0 if width < 10 else True
+
+
+def test_flat_start_shares_the_columns_out_evenly():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 8, 4, requires_grad=True)
+    targets, columns, lengths = (
+        torch.tensor([1, 2, 3, 1]),
+        torch.tensor([8, 6]),
+        torch.tensor([1, 3]),
+    )
+    loss = CTCLoss(flat=1.0)(logits, targets, columns, lengths)
+    log_probs = logits.detach().log_softmax(2)
+    first = -log_probs[0, :, 1].mean()
+    second = -log_probs[1, range(6), [2, 2, 3, 3, 1, 1]].mean() * 3
+    assert loss.item() == pytest.approx(((first + second) / 2).item(), rel=1e-5)
+    loss.backward()
+    assert logits.grad[1, 6:].abs().max() == 0
+
+
+def test_sampled_classes_are_a_fair_share_of_all():
+    torch.manual_seed(0)
+    model, images = MicroNet(4, 1, 2000).eval(), torch.randn(2, 3, 32, 32)
+    targets = torch.tensor([5, 9, 5, 1999])
+    classes, places, correction = sample_classes(targets, 2000)
+    assert classes[places].tolist() == targets.tolist()
+    assert classes[0] == 0
+    assert len(classes.unique()) == len(classes) == 1 + 3 + SAMPLED
+    with torch.no_grad():
+        assert torch.allclose(model(images, classes=classes), model(images)[:, :, classes])
+    # Equal logits: the sample weighs as much as all classes together.
+    assert correction.exp().sum().item() == pytest.approx(2000, rel=1e-4)

@@ -1,0 +1,118 @@
+"""What is decided before a training: flags that cannot be used, processes that train together."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ENVIRONMENT, ROOT, assert_clear_error, load, run_each
+
+NAME = "digits_nh16_depth2"
+TOGETHER = ["--nh", 16, "--depth", 2, "--epochs", 8, "--batch-size", 32, "--device", "cpu"]
+needs_torchrun = pytest.mark.skipif(
+    sys.platform == "win32", reason="torchrun on Windows lacks libuv"
+)
+
+
+def test_bad_input(digits, trained, tmp_path):
+    (tmp_path / "file").write_text("xyz", encoding="utf-8")
+    torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "resnet.pth")
+    checkpoint = load(trained[0] / "save_model" / f"{NAME}.pth")
+    torch.save(checkpoint | {"nh": 32}, tmp_path / "wrong_nh.pth")
+    (tmp_path / "text.pth").write_text("hello", encoding="utf-8")
+    shutil.copytree(digits, tmp_path / "broken")
+    lines = (digits / "train.txt").read_text(encoding="utf-8").splitlines()
+    lines[6] = "train/00006.png 123"
+    (tmp_path / "broken" / "train.txt").write_text("\n".join(lines), encoding="utf-8")
+    data = ["--data", digits]
+    cases = [
+        (["--data", tmp_path / "nowhere"], ["nowhere", "no such folder or label file"]),
+        (["--data", tmp_path / "broken", "--alphabet", "digits"], ["train.txt:7: no tab"]),
+        (["--data", digits, "--alphabet", tmp_path / "file"], ["train.txt:1: ", "alphabet"]),
+        ([*data, "--out", tmp_path / "file" / "out"], ["--out", "cannot be written"]),
+        ([*data, "--device", "cuda:99"], ["--device cuda:99"]),
+        ([*data, "--device", "toaster"], ["--device toaster"]),
+        ([*data, "--width", "30"], ["--width 30"]),
+        ([*data, "--lr", "-1"], ["--lr"]),
+        (["--evaluate", "--weights", "resnet.pth"], ["resnet.pth", "not a MicroOCR checkpoint"]),
+        (["--evaluate", "--weights", "wrong_nh.pth"], ["wrong_nh.pth", "not a MicroOCR"]),
+        (["--evaluate", "--weights", "text.pth"], ["text.pth", "not a MicroOCR checkpoint"]),
+        (["--evaluate", "--weights", "none.pth"], ["none.pth", "cannot be read"]),
+        (["--weights", "none.pth", "--nh", "8"], ["--nh"]),
+        (["--weights", "none.pth", "--no-trim"], ["--trim", "leave it out"]),
+        (["--mistakes", "wrong.png"], ["--mistakes", "--evaluate"]),
+        ([*data, "--fine-tune"], ["--fine-tune", "--weights"]),
+        ([*data, "--ema", "1"], ["--ema"]),
+        ([*data, "--val-fraction", "1"], ["--val-fraction"]),
+        ([*data, "--stop-at", "90"], ["--stop-at"]),
+    ]
+    processes = run_each("train.py", [arguments for arguments, _ in cases], cwd=tmp_path)
+    for process, (_, fragments) in zip(processes, cases, strict=True):
+        assert_clear_error(process, *fragments)
+    assert not (tmp_path / "save_model" / f"{NAME}.pth").exists()
+
+
+def torchrun(digits, folder, *flags):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        ROOT / "train.py", "--data", digits, *TOGETHER, *flags,
+    ]  # fmt: skip
+    return subprocess.Popen(
+        list(map(str, command)), cwd=folder, env=ENVIRONMENT | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
+    )  # fmt: skip
+
+
+def read_until(process, pattern):
+    output = ""
+    while not re.search(pattern, output):
+        output += process.stdout.read(1) or pytest.fail(output)
+    return output
+
+
+def workers_of(process):
+    """Process numbers of the two trainings."""
+    listed = subprocess.run(
+        ["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
+    ).stdout
+    pairs = [tuple(map(int, line.split())) for line in listed.splitlines()]
+    return sorted(pid for pid, parent in pairs if parent == process.pid)
+
+
+@needs_torchrun
+def test_two_processes_learn_as_one_and_go_on_after_one_has_died(digits, trained, tmp_path):
+    process = torchrun(digits, tmp_path)
+    output = read_until(process, r"epoch +3/8")
+    assert "2 processes" in output
+    workers = workers_of(process)
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    output += process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    assert re.search(r"another one has died or cannot be reached .*--resume", output), output
+
+    process = torchrun(digits, tmp_path, "--resume")
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert re.search(r"2 processes, resumed after epoch [34]", output), output
+    # One writer, one line per epoch, a checkpoint that reads as well as that of one process.
+    assert len(re.findall(r"epoch +8/8", output)) == 1
+    best = float(re.search(r"best word accuracy (\S+)", output)[1])
+    alone = float(re.search(r"best word accuracy (\S+)", trained[1].stdout)[1])
+    assert best >= alone - 0.03  # 3 of 100 images
+    assert load(tmp_path / "save_model" / f"{NAME}.pth")["nh"] == 16
+    rows = (tmp_path / "save_model" / f"{NAME}.csv").read_text(encoding="utf-8").splitlines()
+    assert len(rows) == 9
+
+
+@needs_torchrun
+def test_bad_data_is_reported_once(tmp_path):
+    process = torchrun(tmp_path / "nowhere", tmp_path)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    assert output.count("no such folder or label file") == 1, output
+    assert "train.py" not in re.findall(r"File .*(train.py).*", output)
