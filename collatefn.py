@@ -1,6 +1,7 @@
 """From samples to batches: loading, their order, collation, and what training does to them."""
 
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from tqdm.contrib.concurrent import thread_map
 from image import PATCH, ImageError, read_image
 from infer_tool import BATCH_SIZE
 
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 SORTED = 8  # batches' worth of images that are sorted by width at a time
 SHIFT_X, SHIFT_Y = 2, 1  # pixels that a training batch is moved by, at most
 BEND = 1.2  # pixels, the standard deviation of how far a bend moves what it bends
@@ -265,11 +267,18 @@ def evaluation_loader(checked, converter, rank=0, world=1):
 
 
 def machine_memory():
-    """Bytes of memory that this machine has, 8 GB where it does not tell."""
+    """Bytes of memory that this process may use, 8 GB where the machine does not tell."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows
         return 8 * 2**30
+    limits = [memory]
+    for limit in CGROUP_LIMITS:  # a container's
+        try:
+            limits.append(int(Path(limit).read_text(encoding="ascii")))
+        except (OSError, ValueError):  # none, or "max"
+            continue
+    return min(limits)
 
 
 def random_shift(images):
@@ -312,7 +321,16 @@ def affine_grid(images, strength):
 
 def grid_sample(images, grid):
     """The images seen through `affine_grid`'s or another grid, their edges repeated."""
+    if images.device.type == "mps":  # has no such padding
+        return clamped_sample(images, grid)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def clamped_sample(images, grid):
+    """`grid_sample` on devices that have no border padding: no place lies beyond the edges."""
+    height, width = images.shape[2:]
+    edge = torch.tensor([1 - 1 / width, 1 - 1 / height], device=grid.device)
+    return F.grid_sample(images, grid.clamp(-edge, edge), align_corners=False)
 
 
 def random_affine(images):

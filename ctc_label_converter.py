@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keys import check_alphabet
+from keys import check_alphabet, reordered
 
 BLANK = 0  # the class of the CTC blank
+WORDS = 500  # of a lexicon that are compared at a time
 # Below 1 only a little: a network that read every test image right would ask for 0.
 TEMPERATURES = tuple(round(0.7 * 1.1**i, 3) for i in range(15))
 
@@ -86,11 +87,13 @@ class CTCLabelConverter:
             than 0. Fitted after the training, it makes the confidences say how often
             texts are right (Guo et al., ICML 2017). It changes no greedy text.
         length: characters that every text has, at least 1; None for any number.
+        right_to_left: whether texts have letters that are written so: the network reads
+            from left to right, and texts are turned on their way to it and back.
 
     Raises ValueError for another alphabet, temperature or length.
     """
 
-    def __init__(self, alphabet, temperature=1.0, length=None):
+    def __init__(self, alphabet, temperature=1.0, length=None, right_to_left=False):
         if not 0 < temperature < math.inf:
             raise ValueError(f"the temperature {temperature} is not greater than 0")
         if length is not None and not (isinstance(length, int) and length >= 1):
@@ -98,17 +101,18 @@ class CTCLabelConverter:
         self.alphabet = check_alphabet(alphabet)
         self.temperature = temperature
         self.length = length
+        self.right_to_left = right_to_left
         self.nclass = len(alphabet) + 1
         self._class_of = {character: i for i, character in enumerate(alphabet, 1)}
         self._character_of = np.array(["", *alphabet])
 
     def with_temperature(self, temperature):
         """The same converter with another temperature."""
-        return CTCLabelConverter(self.alphabet, temperature, self.length)
+        return CTCLabelConverter(self.alphabet, temperature, self.length, self.right_to_left)
 
     def with_length(self, length):
         """The same converter with another length."""
-        return CTCLabelConverter(self.alphabet, self.temperature, length)
+        return CTCLabelConverter(self.alphabet, self.temperature, length, self.right_to_left)
 
     def encode(self, labels):
         """Labels to CTC targets.
@@ -119,6 +123,8 @@ class CTCLabelConverter:
 
         Raises ValueError for a character outside the alphabet.
         """
+        if self.right_to_left:
+            labels = [reordered(label)[0] for label in labels]
         try:
             targets = [self._class_of[character] for label in labels for character in label]
         except KeyError as error:
@@ -155,8 +161,20 @@ class CTCLabelConverter:
         ]
         if self.length is not None:
             for i in np.flatnonzero(lengths != self.length):
-                [readings[i]] = self.search(logits[i : i + 1, : columns[i]], Search())
-        return readings
+                [readings[i]] = self._search(logits[i : i + 1, : columns[i]], Search())
+        return self._turned(readings)
+
+    def _turned(self, readings):
+        """`Reading`s in the order in which their texts are written."""
+        if not self.right_to_left:
+            return readings
+        turned = []
+        for reading in readings:
+            text, places = reordered(reading.text)
+            confidences = [reading.char_confidences[place] for place in places]
+            others = tuple((reordered(other)[0], p) for other, p in reading.alternatives)
+            turned.append(Reading(text, reading.confidence, confidences, others))
+        return turned
 
     def search(self, logits, search):
         """The most probable texts of each image, summed over their alignments.
@@ -172,6 +190,10 @@ class CTCLabelConverter:
 
         Raises ValueError for a subset or lexicon that the alphabet has nothing of.
         """
+        return self._turned(self._search(logits, search))
+
+    def _search(self, logits, search):
+        """`search`, with texts as they look."""
         probs = softmax(logits / self.temperature)
         if search.subset is not None:
             allowed = [BLANK, *(self._class_of[c] for c in search.subset if c in self._class_of)]
@@ -213,11 +235,16 @@ class CTCLabelConverter:
 
     def _choose(self, probs, words):
         """[(word, its probability among ``words``)], the most probable first."""
-        targets, lengths = self.encode(words)
-        shape = (len(words), *probs.shape)
-        columns = np.full(len(words), len(probs))
-        scores = text_probability(np.broadcast_to(probs, shape), targets, columns, lengths)
+        parts = []
+        for start in range(0, len(words), WORDS):  # of a large lexicon, in bounded memory
+            targets, lengths = self.encode(words[start : start + WORDS])
+            shape = (len(lengths), *probs.shape)
+            columns = np.full(len(lengths), len(probs))
+            parts.append(text_probability(np.broadcast_to(probs, shape), targets, columns, lengths))
+        scores = np.concatenate(parts)
         scores /= max(scores.sum(), np.finfo(float).tiny)
+        if self.right_to_left:
+            words = [reordered(word)[0] for word in words]
         return [(words[i], float(scores[i])) for i in np.argsort(-scores, kind="stable")]
 
 

@@ -1,30 +1,32 @@
-"""Find the images and labels of a data set, check them, split them and say what is there.
+"""Check a data set: look at every image and label, split them, say what is there and wrong.
 
-    python dataset.py my_images        # checks a data set: what is there, what is wrong
+    python dataset.py my_images
+    python dataset.py labels.csv --text-column plate --normalise
 
-A data set is a folder with train.txt and test.txt; or with one label file, or such a file,
-of which a part becomes the test set; or a folder of images whose file names are their
-labels. A label file is UTF-8, one line per image, paths relative to the file's folder:
-
-    train/00000.png<TAB>pYaq
+What a data set may be is in label.py.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports: an end without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
-import codecs
+import os
 import random
 import re
-import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import Image
 from tqdm.contrib.concurrent import thread_map
 
 from ctc_label_converter import columns_needed
 from image import (
     PATCH,
-    SUFFIXES,
     ImageError,
     Look,
     Preprocess,
@@ -33,196 +35,47 @@ from image import (
     look_at,
     read_image,
     save_picture,
+    write_atomically,
 )
-from keys import load_alphabet
+from keys import (
+    LOOK_ALIKES,
+    command,
+    is_right_to_left,
+    load_alphabet,
+    named,
+    normalised,
+    oddities,
+    unusable,
+)
+from label import FOUND, SPLITS, LabelOptions, find_samples
 
-SPLITS = ("train", "test")
-SEPARATORS = "_-.#@~"  # what may stand between a label and the rest of a file name
 RARE = 5  # a character seen less often is hardly learnt
 SHEET = 48  # images on the sheet of a data set
-
-
-class Sample(NamedTuple):
-    """An image of a data set.
-
-    where: what an error names, "train.txt:7" or the image's path.
-    path: of the image.
-    label: its text.
-    """
-
-    where: str
-    path: Path
-    label: str
-
-    def problem(self, text):
-        """``text``, which continues a sentence about the image, with all that names it."""
-        if self.where == str(self.path):
-            return f"{self.path}: {text}"
-        return f"{self.where}: {self.path} {text}"
-
-
-class Found(NamedTuple):
-    """The samples of a data set, before anybody has looked at its images.
-
-    samples: {"train": [`Sample`], "test": [...], "all": [...]}, "all" still has to be split.
-    problems: a text for each line or name that is no sample.
-    notes: what was taken for the labels, and what was passed over.
-    """
-
-    samples: dict
-    problems: list
-    notes: list
-
-
-def _label_lines(path):
-    """[(line number, image path as written, label)] of a label file, and its problems."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: the label file cannot be read ({error.strerror})") from None
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ValueError(f"{path}:1: is not UTF-8, save the label file as UTF-8")
-    lines, problems = [], []
-    # Not splitlines: a label may hold characters that only it takes for line breaks.
-    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
-        line = line.removesuffix(b"\r")
-        if not line:
-            continue
-        try:
-            image, tab, label = line.decode("utf-8").partition("\t")
-        except UnicodeDecodeError:
-            problems.append(f"{path}:{number}: is not UTF-8, save the label file as UTF-8")
-            continue
-        if not tab:
-            problems.append(f"{path}:{number}: no tab between the image's path and its label")
-        elif not image:
-            problems.append(f"{path}:{number}: no image path before the tab")
-        elif not label:
-            problems.append(f"{path}:{number}: the label is empty")
-        else:
-            lines.append((number, image, label))
-    if not lines and not problems:
-        raise ValueError(f"{path}: the data set is empty, it needs lines of image<TAB>label")
-    return lines, problems
-
-
-def read_label_file(path):
-    """Read a label file. A byte-order mark and CRLF line ends are accepted.
-
-    Returns:
-        [(line number, image path as written, label)], blank lines left out.
-
-    Raises ValueError naming every line without a tab, a path or a label.
-    """
-    lines, problems = _label_lines(Path(path))
-    if problems:
-        raise ValueError("\n".join(problems))
-    return lines
-
-
-def find_separators(stems):
-    """The characters of SEPARATORS at which the labels of file names without suffix end.
-
-    A separator is in every name, or only counters and hexadecimal numbers follow it:
-    8npd5.png, 8npd5-0.png, 8npd5_3f2a.png.
-    """
-    found = ""
-    for separator in SEPARATORS:
-        rests = [stem.partition(separator)[2] for stem in stems if separator in stem]
-        counts = all(re.fullmatch(r"\d+|[0-9a-f-]{4,}", rest) for rest in rests)
-        if rests and (len(rests) == len(stems) or counts):
-            found += separator
-    return found
-
-
-def _named_images(folder, separator):
-    """The `Found` of a folder of images whose names are their labels."""
-    paths, ignored = [], []
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in SUFFIXES and not hidden:
-            paths.append(path)
-        elif path.is_file():
-            ignored.append(path.name)
-    if not paths:
-        raise ValueError(
-            f"{folder}: holds neither a label file (train.txt and test.txt, or one of any name, "
-            "with lines of image<TAB>label) nor images whose names are their labels"
-        )
-    separators = find_separators([path.stem for path in paths])
-    end = f"[{re.escape(separators)}]" if separators else r"\Z"
-    if separator is not None:
-        separators, end = separator, re.escape(separator) or r"\Z"
-    split_folders = all((folder / split).is_dir() for split in SPLITS)
-    samples, problems = {split: [] for split in (*SPLITS, "all")}, []
-    for path in paths:
-        label = re.split(end, path.stem, maxsplit=1)[0]
-        first = path.relative_to(folder).parts[0]
-        split = first if split_folders and first in SPLITS else "all"
-        if label:
-            samples[split].append(Sample(str(path), path, label))
-        else:
-            problems.append(f"{path}: its name holds no label before {separators!r}")
-    rule = f"up to {' or '.join(map(repr, separators))}" if separators else "as a whole"
-    notes = [f"labels are the file names, {rule} (--label-separator): {paths[0].name}"]
-    if ignored:
-        shown = ", ".join(ignored[:5]) + (", ..." if len(ignored) > 5 else "")
-        notes.append(f"{len(ignored)} other files are not read: {shown}")
-    return Found(samples, problems, notes)
-
-
-def _label_files(data):
-    """{split: label file} of a data set, empty where it has none."""
-    if data.is_file():
-        return {"all": data}
-    if not data.is_dir():
-        raise ValueError(f"{data}: there is no such folder or label file")
-    files = {s: data / f"{s}.txt" for s in SPLITS if (data / f"{s}.txt").is_file()}
-    if list(files) == ["train"]:
-        return {"all": files["train"]}
-    if files:
-        return files
-    listed = []
-    for path in sorted(data.glob("*.txt")):
-        with path.open("rb") as file:
-            if b"\t" in file.read(4096):
-                listed.append(path)
-    if len(listed) > 1:
-        names = ", ".join(path.name for path in listed)
-        raise ValueError(f"{data}: which label file is meant, {names}? Name it: --data FILE")
-    return {"all": listed[0]} if listed else {}
-
-
-def find_samples(data, separator=None):
-    """Find out how a data set is kept, and list its samples.
-
-    Args:
-        data: path of a folder or a label file, see above.
-        separator: what ends a label in a file name, "" for nothing. None: find it.
-
-    Returns:
-        a `Found`.
-
-    Raises ValueError where there is no data set, or more than one could be meant.
-    """
-    data = Path(data)
-    files = _label_files(data)
-    if not files:
-        return _named_images(data, separator)
-    samples, problems = {split: [] for split in (*SPLITS, "all")}, []
-    for split, file in files.items():
-        lines, bad = _label_lines(file)
-        problems += bad
-        samples[split] = [
-            Sample(f"{file}:{number}", file.parent / image, label) for number, image, label in lines
-        ]
-    return Found(samples, problems, [f"labels are in {' and '.join(map(str, files.values()))}"])
+NEEDS_BIDI = (
+    "has a label that is written from right to left, which needs a package that is missing: "
+    "pip install python-bidi"
+)
+WORKERS = os.cpu_count()  # a photo takes 100 MB while it is looked at
+SHOWN = 50  # lines of problems on the screen, at most
+LEGIBLE = 10  # pixels: text that is not as high is hardly read
 
 
 def problem_list(problems):
-    """All problems as one text, their number first."""
+    """`Problem`s as one text of at most SHOWN lines, their number first, equal ones as one."""
+    groups = defaultdict(list)
+    for problem in problems:
+        groups[problem.text].append(problem)
+    lines = []
+    for text, group in groups.items():
+        if len(group) <= 4:
+            lines += map(str, group)
+        else:
+            first = ", ".join(problem.place for problem in group[:3])
+            lines.append(f"{len(group)} times: {text}: {first}, ... {group[-1].place}")
+    if len(lines) > SHOWN:
+        lines = [*lines[:SHOWN], f"and {len(lines) - SHOWN} lines more"]
     kind = "problem" if len(problems) == 1 else "problems"
-    return "\n".join([f"{len(problems)} {kind} in the data:", *problems])
+    return "\n".join([f"{len(problems)} {kind} in the data:", *lines])
 
 
 @dataclass(frozen=True)
@@ -234,7 +87,8 @@ class DataOptions:
         preprocess: a `Preprocess`. None: one that fits the images and labels.
         height, width, trim: of the one that fits, None for what fits.
         length: characters that every label must have, None for any number.
-        separator: see `find_samples`.
+        labels: a `LabelOptions`.
+        normalise: bring labels into one form, see `keys.normalised`.
         ignore_case: make labels lower case (upper case, if the alphabet has no lower).
         val_fraction: share of the images that becomes the test set where none is given,
             1 for all of them.
@@ -248,7 +102,8 @@ class DataOptions:
     width: int | None = None
     trim: bool | None = None
     length: int | None = None
-    separator: str | None = None
+    labels: LabelOptions = FOUND
+    normalise: bool = False
     ignore_case: bool = False
     val_fraction: float = 0.1
     seed: int = 0
@@ -262,7 +117,7 @@ class Checked(NamedTuple):
     sizes: {path: (width, height) of what is resized: the image, or what it is cut to}.
     alphabet: a string.
     preprocess: a `Preprocess`.
-    problems: a text for each line or image that cannot be used.
+    problems: a `Problem` for each line or image that cannot be used.
     notes: the lines of the report.
     """
 
@@ -279,12 +134,12 @@ class Checked(NamedTuple):
         return [self.preprocess.width_of(*self.sizes[sample.path]) for sample in samples]
 
 
-def check(data, options=DataOptions(), splits=SPLITS):
+def check(data, options=None, splits=SPLITS):
     """Look at every image and label of a data set.
 
     Args:
         data: see `find_samples`.
-        options: a `DataOptions`.
+        options: a `DataOptions`, None for its defaults.
         splits: those that are wanted.
 
     Returns:
@@ -292,46 +147,114 @@ def check(data, options=DataOptions(), splits=SPLITS):
 
     Raises ValueError where there is no data set at all.
     """
-    found = find_samples(data, options.separator)
-    samples = _wanted(found.samples, options, splits)
+    options = options or DataOptions()
+    found = find_samples(data, options.labels)
+    samples, notes = _wanted(found.samples, options, splits)
     looks, refused = _look_at_all(samples, options)
-    readable = {split: [s for s in own if s.path in looks] for split, own in samples.items()}
-    parts, split_note = _split(readable, looks, options)
+    refused += _unusable(samples)
+    bad = {sample.where for sample, _ in refused}
+    readable = {split: [s for s in own if s.where not in bad] for split, own in samples.items()}
+    parts, split_note = _split(readable, looks, options, refused)
     refused += _repeated(parts, looks)
     usable = [sample for split in splits for sample in parts[split]]
     alphabet = options.alphabet
     if alphabet is None:
         alphabet = "".join(sorted({c for sample in usable for c in sample.label}))
-    preprocess = options.preprocess or fitting_preprocess(
-        [looks[s.path].size for s in usable],
-        [looks[s.path].text_size for s in usable],
-        [columns_needed(s.label) for s in usable],
-        options.height, options.width, options.trim,
-    )  # fmt: skip
+    preprocess = options.preprocess or _fitting(usable, looks, options)
     sizes = {path: look.resized(preprocess.trim) for path, look in looks.items()}
     refused += _misfits(usable, sizes, set(alphabet), preprocess, options.length)
     problems = [*found.problems, *(sample.problem(text) for sample, text in refused)]
     bad = {sample.where for sample, _ in refused}
     train, test = ([s for s in parts[split] if s.where not in bad] for split in SPLITS)
-    notes = [found.notes[0] + split_note, *found.notes[1:]]
+    notes = [found.notes[0] + split_note, *found.notes[1:], *notes]
     notes += _report(train, test, looks, alphabet)
+    notes += _warnings([*train, *test], looks, preprocess)
     return Checked(train, test, sizes, alphabet, preprocess, problems, notes)
 
 
 def _wanted(samples, options, splits):
-    """The samples of the splits that are wanted and of "all", with their case folded if asked."""
-    fold = str
-    if options.ignore_case:
-        alphabet = options.alphabet
-        fold = str.upper if alphabet and alphabet.upper() == alphabet else str.lower
-    wanted = {
-        split: [sample._replace(label=fold(sample.label)) for sample in own]
-        for split, own in samples.items()
-        if split in (*splits, "all")
-    }
-    if "train" in wanted:
-        wanted["train"] = wanted["train"][: options.limit]
-    return wanted
+    """({split: its samples} of those wanted and of "all", what was done to labels)."""
+    alphabet, changed = options.alphabet, 0
+    upper = alphabet and alphabet.upper() == alphabet
+    wanted = {}
+    for split, own in samples.items():
+        if split not in (*splits, "all"):
+            continue
+        if split == "train":
+            own = own[: options.limit]
+        if options.normalise:
+            mended = [sample._replace(label=normalised(sample.label)) for sample in own]
+            changed += sum(a != b for a, b in zip(own, mended, strict=True))
+            own = mended
+        if options.ignore_case:
+            fold = str.upper if upper else str.lower
+            own = [sample._replace(label=fold(sample.label)) for sample in own]
+        wanted[split] = own
+    return wanted, [f"{changed} labels were changed by --normalise"] if options.normalise else []
+
+
+def _unusable(samples):
+    """[(sample, problem)] of labels that no file of labels or weights could hold."""
+    found = []
+    for own in samples.values():
+        for sample in own:
+            controls = unusable(sample.label)
+            if controls:
+                shown = ", ".join(map(named, controls))
+                found.append((sample, f"has a label with {shown}, which no label can hold"))
+            elif not sample.label:
+                found.append((sample, "has an empty label"))
+            elif is_right_to_left(sample.label) and not find_spec("bidi"):
+                found.append((sample, NEEDS_BIDI))
+    return found
+
+
+def _fitting(samples, looks, options):
+    """The `Preprocess` that fits, where none is given."""
+    trim = options.trim
+    # What is cut to one line loses the other.
+    if trim is None and sum(looks[s.path].lines > 1 for s in samples) > len(samples) / 4:
+        trim = False
+    return fitting_preprocess(
+        [looks[s.path].size for s in samples],
+        [looks[s.path].text_size for s in samples],
+        [columns_needed(s.label) for s in samples],
+        options.height, options.width, trim,
+    )  # fmt: skip
+
+
+def _warnings(samples, looks, preprocess):
+    """What may be wrong: kinds of labels and images, with their number and the first of them."""
+    kinds = defaultdict(list)
+    letters = {c for sample in samples for c in sample.label}
+    alike = {c for c in letters if LOOK_ALIKES.get(c) in letters}
+    for sample in samples:
+        for kind in oddities(sample.label):
+            kinds[f"labels have {kind} (--normalise mends that)"].append(sample)
+        for character in sorted(alike & set(sample.label)):
+            kinds[
+                f"labels have {named(character)}, which looks like {LOOK_ALIKES[character]!r}, "
+                "which others have"
+            ].append(sample)
+        look = looks[sample.path]
+        width, height = look.resized(preprocess.trim)
+        if look.lines > 1:
+            kinds["images seem to hold two lines of text, a label has one"].append(sample)
+        if look.more:
+            kinds["images have more pages or frames than the first, which is read"].append(sample)
+        if height > 2 * width and len(sample.label) > 1:
+            kinds["images are much higher than wide: is their text turned?"].append(sample)
+        # Of small images nobody can say where their text is.
+        large = height > 2 * preprocess.height
+        if large and look.text_size[1] * preprocess.height < LEGIBLE * height:
+            kinds[
+                f"images have text of fewer than {LEGIBLE} pixels when they are resized: cut "
+                "them to their text, or --trim"
+            ].append(sample)
+    return [
+        f"{len(found)} {kind}: {', '.join(sample.where for sample in found[:3])}"
+        for kind, found in kinds.items()
+    ]
 
 
 def _look_at_all(samples, options):
@@ -345,16 +268,19 @@ def _look_at_all(samples, options):
             return str(error)
 
     listed = [sample for own in samples.values() for sample in own]
-    results = thread_map(look, listed, desc="checking", leave=False, unit="img")
+    results = thread_map(
+        look, listed, desc="checking", leave=False, unit="img", max_workers=WORKERS
+    )
     pairs = list(zip(listed, results, strict=True))
     looks = {sample.path: result for sample, result in pairs if isinstance(result, Look)}
     return looks, [(sample, result) for sample, result in pairs if isinstance(result, str)]
 
 
-def _split(samples, looks, options):
+def _split(samples, looks, options, refused):
     """({split: samples}, what to say of it); the same content is always on one side.
 
-    Of the splits that are not wanted, none has samples.
+    Of the splits that are not wanted, none has samples. One image is too few, unless some
+    were ``refused``, of which the reasons say more.
     """
     parts = {split: samples.get(split, []) for split in SPLITS}
     unsplit, fraction = samples["all"], options.val_fraction
@@ -366,6 +292,8 @@ def _split(samples, looks, options):
     for sample in unsplit:
         groups[looks[sample.path].digest].append(sample)
     groups = list(groups.values())
+    if len(groups) < 2 and refused:
+        return {"train": unsplit, "test": []}, ""
     if len(groups) < 2:
         raise ValueError(f"{unsplit[0].where}: one image is too few, training and test need some")
     random.Random(options.seed).shuffle(groups)
@@ -460,11 +388,19 @@ def _visible(character):
     return character if character.isprintable() and not character.isspace() else repr(character)
 
 
-def data_sheet(samples, seed=0):
-    """A contact sheet of SHEET random images with their labels, an RGB image."""
+def data_sheet(samples, preprocess, seed=0):
+    """A contact sheet of SHEET random images as the network gets them, with their labels."""
     chosen = random.Random(seed).sample(samples, min(SHEET, len(samples)))
-    images = [read_image(sample.path) for sample in chosen]
+    images = [
+        Image.fromarray(preprocess(read_image(sample.path)).transpose(1, 2, 0)) for sample in chosen
+    ]
     return contact_sheet(images, [sample.label for sample in chosen], columns=6)
+
+
+def save_problems(path, problems):
+    """Write all `Problem`s as a text file, one per line."""
+    text = "".join(f"{problem}\n" for problem in problems)
+    write_atomically(path, text.encode("utf-8", "backslashreplace"))
 
 
 def add_data_flags(parser):
@@ -475,9 +411,27 @@ def add_data_flags(parser):
     )
     parser.add_argument("--ignore-case", action="store_true", help="make all labels lower case")
     parser.add_argument(
+        "--normalise",
+        action="store_true",
+        help="bring labels that look equal into one form: composed, half width, without quotes, "
+        "edge and zero-width spaces",
+    )
+    parser.add_argument(
         "--label-separator",
         metavar="TEXT",
         help="where file names are labels: what ends the label, '' for nothing (default: found)",
+    )
+    parser.add_argument(
+        "--label-regex",
+        metavar="REGEX",
+        help="where file names are labels: matches them without suffix, the first group is the "
+        "label",
+    )
+    parser.add_argument(
+        "--image-column", metavar="NAME", help="of a table, or its number (default: found)"
+    )
+    parser.add_argument(
+        "--text-column", metavar="NAME", help="of a table, or its number (default: found)"
     )
     parser.add_argument(
         "--val-fraction",
@@ -503,9 +457,18 @@ def data_options(args, **others):
         if not 0 < args.val_fraction < 1:
             raise ValueError(f"--val-fraction {args.val_fraction}: must be between 0 and 1")
         others["val_fraction"] = args.val_fraction
-    return DataOptions(
-        separator=args.label_separator, ignore_case=args.ignore_case, seed=args.seed, **others
+    if args.label_regex is not None:
+        try:
+            groups = re.compile(args.label_regex).groups
+        except re.error as error:
+            raise ValueError(f"--label-regex {args.label_regex}: {error}") from None
+        if not groups:
+            raise ValueError(f"--label-regex {args.label_regex}: needs a group for the label")
+    labels = LabelOptions(
+        args.label_separator, args.label_regex, args.image_column, args.text_column
     )
+    flags = {"normalise": args.normalise, "ignore_case": args.ignore_case, "seed": args.seed}
+    return DataOptions(labels=labels, **flags, **others)
 
 
 def main():
@@ -522,26 +485,23 @@ def main():
         "save_model/DATA.data.png)",
     )
     args = parser.parse_args()
-    sys.stdout.reconfigure(encoding="utf-8")  # whatever the console's own is
     alphabet = load_alphabet(args.alphabet) if args.alphabet else None
     checked = check(args.data, data_options(args, alphabet=alphabet))
     print("\n".join(checked.notes))
     print(f"to train on it, images are {checked.preprocess}")
     samples = checked.train + checked.test
+    name = args.data.resolve().stem
+    sheet = args.sheet or Path("save_model", f"{name}.data.png")
+    sheet.parent.mkdir(parents=True, exist_ok=True)
     if samples:
-        sheet = args.sheet or Path("save_model", f"{args.data.resolve().stem}.data.png")
-        sheet.parent.mkdir(parents=True, exist_ok=True)
-        save_picture(sheet, data_sheet(samples, args.seed))
-        print(f"{sheet} shows {min(SHEET, len(samples))} of the images")
+        save_picture(sheet, data_sheet(samples, checked.preprocess, args.seed))
+        print(f"{sheet} shows {min(SHEET, len(samples))} of the images, as the network gets them")
     if checked.problems:
-        raise ValueError(problem_list(checked.problems))
+        path = sheet.with_name(f"{name}.problems.txt")
+        save_problems(path, checked.problems)
+        raise ValueError(f"{problem_list(checked.problems)}\nthe whole list is in {path}")
     print("no problems")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"dataset.py: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("dataset.py: interrupted")
+    command(main)

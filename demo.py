@@ -12,8 +12,14 @@ Without --weights it takes what train.py last wrote to save_model/, with --task 
 that task's, else the shipped weights.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports: an end without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -21,31 +27,46 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ctc_label_converter import Search, length_range
-from image import SUFFIXES, contact_sheet, read_image, save_picture
+from image import (
+    SUFFIXES,
+    ImageFinder,
+    contact_sheet,
+    find_images,
+    read_image,
+    save_picture,
+)  # fmt: skip
 from infer_tool import ROOT, SHIPPED_WEIGHTS, RecInfer, latest_weights
-from keys import load_alphabet
+from keys import command, load_alphabet
+from label import read_label_file
 
 SAMPLES = ROOT / "assets" / "samples"
 SHEET = 400  # images on the contact sheet, at most
 
 
-def find_images(arguments):
-    """Files as they are, the images below folders, and for - the paths on standard input."""
+def list_images(arguments):
+    """Files as they are, the images below folders, and for - the paths on standard input.
+
+    Raises ValueError for a folder without images.
+    """
     for argument in arguments:
         if argument == Path("-"):
             yield from (Path(line.rstrip("\r\n")) for line in sys.stdin if line.strip())
-        elif argument.is_dir():
-            found = (path for path in argument.rglob("*") if path.suffix.lower() in SUFFIXES)
-            yield from sorted(found)
+        elif os.path.isdir(argument):  # which takes any name
+            found = find_images(argument)
+            if not found:
+                raise ValueError(f"{argument}: holds no images ({' '.join(SUFFIXES)})")
+            yield from found
         else:
             yield argument
 
 
 def read_labels(path):
     """{absolute path of an image: its label} of a label file."""
-    from dataset import read_label_file  # a plain reading needs nothing of it
-
-    return {(path.parent / name).resolve(): label for _, name, label in read_label_file(path)}
+    images = ImageFinder(path.parent)
+    return {
+        (images.find(name) or path.parent / name).resolve(): label
+        for _, name, label in read_label_file(path)
+    }
 
 
 def parse_args():
@@ -147,6 +168,11 @@ def make_search(args):
     return Search(**settings) if settings else None
 
 
+def finite(number):
+    """A number as JSON has it: None for what weights with broken numbers lead to."""
+    return number if math.isfinite(number) else None
+
+
 def as_json(path, result, args):
     """The line that --json prints."""
     if isinstance(result, ValueError):
@@ -154,15 +180,16 @@ def as_json(path, result, args):
     entry = {
         "image": str(path),
         "text": result.text,
-        "confidence": result.confidence,
+        "confidence": finite(result.confidence),
         "characters": [
-            {"char": char, "confidence": confidence}
+            {"char": char, "confidence": finite(confidence)}
             for char, confidence in zip(result.text, result.char_confidences, strict=True)
         ],
     }
     if args.top > 1:
         entry["alternatives"] = [
-            {"text": text, "confidence": confidence} for text, confidence in result.alternatives
+            {"text": text, "confidence": finite(confidence)}
+            for text, confidence in result.alternatives
         ]
     if args.min_confidence is not None:
         entry["rejected"] = result.confidence < args.min_confidence
@@ -194,13 +221,12 @@ def save_sheet(path, shown):
 
 def main():
     args = parse_args()
-    sys.stdout.reconfigure(encoding="utf-8")  # whatever the console's own is
     weights = args.weights or latest_weights(args.task)
     reader = RecInfer(weights)
     print(f"weights: {weights}", file=sys.stderr)
     labels = read_labels(args.labels) if args.labels else {}
     samples = SAMPLES / (reader.task if reader.task in SHIPPED_WEIGHTS else "simple")
-    paths = find_images(args.images or list(labels) or [samples])
+    paths = list_images(args.images or list(labels) or [samples])
 
     failed, right, compared, shown = 0, 0, 0, []
     # No bar where nobody watches: its output is for people.
@@ -209,9 +235,10 @@ def main():
             failed += 1
             print(f"demo.py: error: {result}", file=sys.stderr)
             if args.json:
-                print(as_json(path, result, args))
+                print(as_json(path, result, args), flush=True)
             continue
-        print(as_json(path, result, args) if args.json else as_row(path, result, args))
+        line = as_json(path, result, args) if args.json else as_row(path, result, args)
+        print(line, flush=True)  # to a program that waits for it before it asks again
         label = labels.get(path.resolve()) if labels else None
         compared += label is not None
         right += label == result.text
@@ -225,12 +252,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except (ValueError, OSError) as error:
-        sys.exit(f"demo.py: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("demo.py: interrupted")
+    command(main)

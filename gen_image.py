@@ -18,13 +18,16 @@ index. So the same seed gives the same bytes whatever the number of workers, and
 no training image shares its stream with a test image.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports: an end without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import multiprocessing
 import os
 import random
 import shutil
-import signal
-import sys
 import tempfile
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -39,9 +42,9 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
 
 from ctc_label_converter import length_range
-from dataset import SPLITS
-from image import contact_sheet, find_chinese_font
-from keys import load_alphabet
+from image import contact_sheet, find_chinese_font, lacking
+from keys import command, load_alphabet
+from label import SPLITS
 
 
 @dataclass(frozen=True)
@@ -184,20 +187,11 @@ def load_font(path, size):
 
 def check_glyphs(path, alphabet):
     """Raise ValueError if the font at ``path`` lacks a glyph for a character of ``alphabet``."""
-    font = load_font(path, 32)
-
-    def drawn(character):
-        mask = font.getmask(character)
-        return mask.size, bytes(mask)
-
-    # What a font draws for a code point that Unicode will never assign: its
-    # "not defined" box, or nothing.
-    missing_glyph = drawn("\U0010ffff")
-    lacking = [c for c in alphabet if not c.isspace() and drawn(c) == missing_glyph]
-    if lacking:
-        shown = " ".join(lacking[:20]) + (" ..." if len(lacking) > 20 else "")
+    missing = lacking(load_font(path, 32), alphabet)
+    if missing:
+        shown = " ".join(missing[:20]) + (" ..." if len(missing) > 20 else "")
         raise ValueError(
-            f"--font {path}: has no glyph for {len(lacking)} of {len(alphabet)} characters "
+            f"--font {path}: has no glyph for {len(missing)} of {len(alphabet)} characters "
             f"({shown}); choose another font or another --alphabet"
         )
 
@@ -416,9 +410,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"gen_image.py: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("gen_image.py: interrupted, nothing was written")
+    command(main)

@@ -8,22 +8,48 @@ import hashlib
 import io
 import math
 import os
+import re
 import tempfile
+import threading
+import time
+import uuid
 import warnings
+from collections import defaultdict
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import (
+    Image,
+    ImageDraw,
+    ImageFont,
+    ImageOps,
+    PngImagePlugin,
+    UnidentifiedImageError,
+)  # fmt: skip
 
 PATCH = 4  # pixels: the network sees patches of 4x4, and each column of them is one step of CTC
 MAX_PIXELS = 2**23  # of an image file, 8.4 million: checked before it is decoded
 MAX_WIDTH = 4096  # pixels, after resizing
 # What people keep images in. Pillow knows more, some by starting other programs.
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm",
+    ".pgm", ".pbm", ".pnm",
+)  # fmt: skip
+FONT_FOLDERS = (
+    "/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts",
+    "/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts", r"C:\Windows\Fonts",
+)  # fmt: skip
+# What training and the check write: pictures that are no data.
+NO_FOLDERS, OUR_PICTURES = ("save_model", "__MACOSX"), (".data.png", ".mistakes.png")
+MORE = "more pages"
+PAUSES = (0.05, 0.2, 0.8)  # seconds, while another program may hold a file
 SHEET_IMAGE = (320, 96)  # pixels of an image on a contact sheet, at most
+LOOKED_AT = 2**20  # pixels, at most, in which text is looked for
 INK = 30  # of 255: what differs less from an image's edges is background
 # Where systems keep a font with Chinese characters, best known first.
 CHINESE_FONTS = (
@@ -44,6 +70,9 @@ CHINESE_FONTS = (
     ),
 )
 
+# Good files carry more than a megabyte of text or of a colour profile.
+PngImagePlugin.MAX_TEXT_CHUNK = 2**24
+_LOADING = threading.Lock()
 # Pillow warns of much that it then reads or refuses; what matters is in our errors.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -108,6 +137,63 @@ class Preprocess:
         return pixels.float().sub_(self.mean).div_(self.std)
 
 
+def find_images(folder):
+    """The images below a folder, in order. Links to folders are followed, loops are not.
+
+    Left out are hidden files and folders, and the pictures that this project writes.
+    """
+    found, seen = [], set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if name[0] != "." and name not in NO_FOLDERS]
+        names = [name for name in files if name.lower().endswith(SUFFIXES) and name[0] != "."]
+        found += [Path(parent, name) for name in names if not name.endswith(OUR_PICTURES)]
+    return sorted(found)
+
+
+class ImageFinder:
+    """Finds the images that a label file names.
+
+    Args:
+        folder: that of the label file, to which paths are relative.
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.endings = None
+
+    def find(self, written):
+        """The path of the image that is written so, None where there is none or several.
+
+        It may lie in a folder further down, or be written without its suffix.
+        """
+        for name in (written, written.replace("\\", "/")):
+            path = os.path.join(self.folder, name)
+            if name and "\0" not in name and os.path.isfile(path):
+                return Path(path)
+        if self.endings is None:
+            self.endings = defaultdict(set)
+            for path in find_images(self.folder):
+                parts = path.relative_to(self.folder).parts
+                for i in range(len(parts)):
+                    ending = "/".join(parts[i:])
+                    self.endings[ending].add(path)
+                    self.endings[ending.removesuffix(path.suffix)].add(path)
+        found = self.endings.get(written.replace("\\", "/").removeprefix("./"), ())
+        return next(iter(found)) if len(found) == 1 else None
+
+    def named_in(self, path):
+        """Whether words at the beginning of a text file name images."""
+        with path.open("rb") as file:
+            text = file.read(65536).decode("utf-8", "replace")
+        words = [word for word in re.split(r"[^\w./\\-]+", text) if "." in word]
+        return any(self.find(word) for word in words[:200])
+
+
 def read_image(source):
     """Read an image of any mode as RGB, upright, transparency on white.
 
@@ -115,7 +201,8 @@ def read_image(source):
         source: a path, the bytes of a file, or a `PIL.Image`.
 
     Returns:
-        an RGB `PIL.Image` of at least 2x2 pixels.
+        an RGB `PIL.Image` of at least 2x2 pixels, of a file with several its first page or
+        frame. Whether there were more is in its ``info``, under MORE.
 
     Raises:
         ImageError: there is no such file, it is no complete image in one of FORMATS,
@@ -123,10 +210,14 @@ def read_image(source):
     """
     try:
         if isinstance(source, Image.Image):
+            with _LOADING:  # which is not safe where several threads are given the same one
+                source.load()
             return _to_rgb(source)
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         with Image.open(file, formats=FORMATS) as image:
-            return _to_rgb(image)
+            first = _to_rgb(image)
+            first.info[MORE] = _has_more(image)
+            return first
     except ImageError:
         raise
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
@@ -137,6 +228,14 @@ def read_image(source):
         raise ImageError(f"has more than {MAX_PIXELS:,} pixels") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on broken files
         raise ImageError(f"is a broken image file ({error})") from None
+
+
+def _has_more(image):
+    """Whether a file has more pages or frames than the first, as far as they can be read."""
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # whatever a broken one leads to: it is not read
+        return False
 
 
 def _to_rgb(image):
@@ -157,13 +256,17 @@ def _to_rgb(image):
 
 
 def _to_8_bits(image):
-    """Scale 16-bit (0 to 65,535), 32-bit or float (0 to 1) grey to 'L', which Pillow would clip."""
+    """Scale 16-bit (0 to 65,535), 32-bit or float (0 to 1) grey to 'L', which Pillow would clip.
+
+    Where 16 bits hold no value that takes more than 12, they are those of a 12-bit camera.
+    """
     with np.errstate(all="ignore"):  # a broken file may hold any number
         pixels = np.nan_to_num(np.asarray(image, dtype=np.float64))
         if image.mode == "F":
             scale = 255 if pixels.max() <= 1 else 1
         else:
-            scale = 1 / 257 if image.mode.startswith("I;16") or pixels.max() > 255 else 1
+            deep = image.mode.startswith("I;16") or pixels.max() > 255
+            scale = 255 / (4095 if pixels.max() < 4096 else 65535) if deep else 1
         return Image.fromarray((pixels * scale).round().clip(0, 255).astype(np.uint8))
 
 
@@ -173,46 +276,81 @@ def _moving_mean(values, size):
 
 
 def text_box(image):
-    """Where the text of an image is, with some background around it.
+    """Where the text of an image is, see `find_text_lines`."""
+    return find_text_lines(image)[0]
+
+
+def find_text_lines(image):
+    """Where the text of an image is, with some background around it, and its lines.
 
     Along a row of pixels, text is many short runs of ink, a stray line one or few: the
     rows of the text are those with many runs. Its columns are those with more ink in
-    these rows than a line leaves.
+    these rows than a line leaves. Lines that are about as heavy as the heaviest are kept.
 
     Args:
-        image: an RGB `PIL.Image` of one line of text.
+        image: an RGB `PIL.Image`.
 
     Returns:
-        (left, top, right, bottom) for `Image.crop`, the whole image where no text stands out.
+        ((left, top, right, bottom) for `Image.crop`, number of lines); the whole image
+        and 1 where no text stands out.
     """
-    pixels = np.asarray(image).astype(np.int16)
+    # What stands out does so at a third of the size; photos would take much memory.
+    scale = math.ceil(math.sqrt(max(1, image.width * image.height / LOOKED_AT)))
+    pixels = np.asarray(image.reduce(scale) if scale > 1 else image).astype(np.int16)
     height, width = pixels.shape[:2]
-    whole = 0, 0, width, height
+    whole = (0, 0, *image.size), 1
     edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     ground = np.median(edges, axis=0).astype(np.int16)
     ink = np.abs(pixels - ground).max(2) > INK
-    runs = ink[:, 0] + (ink[:, 1:] & ~ink[:, :-1]).sum(1)
-    runs = _moving_mean(runs, min(3, height))
-    rows = np.flatnonzero(runs > max(2.2, 0.3 * np.percentile(runs, 90)))
-    if not len(rows):
+    lines = _line_rows(ink)
+    if not lines:
         return whole
-    # Accents and the dots of i stand apart from their line, other lines further.
-    parts = np.split(rows, np.flatnonzero(np.diff(rows) > height // 20) + 1)
-    rows = max(parts, key=lambda part: runs[part].sum())
-    top, bottom = int(rows[0]), int(rows[-1]) + 1
-    size = bottom - top
-    if size < max(3, height / 10):
+    top, bottom = int(lines[0][0]), int(lines[-1][-1]) + 1
+    size = (bottom - top) // len(lines)
+    if size < max(3, min(height / 10, 12)):
         return whole
     amount = _moving_mean(ink[top:bottom].sum(0), min(max(3, size // 4), width))
     columns = np.flatnonzero(amount > 0.08 * size + 0.7)
     if not len(columns):
         return whole
     left, right = int(columns[0]), int(columns[-1]) + 1
+    box = (
+        max(0, left - size // 2) * scale,
+        max(0, top - size // 4) * scale,
+        min(image.width, (right + size // 2) * scale),
+        min(image.height, (bottom + size // 4) * scale),
+    )
+    return box, len(lines)
+
+
+def _line_rows(ink):
+    """[(N,) rows of pixels] of each line of text in (H, W) ink, from the top."""
+    height = len(ink)
+    runs = ink[:, 0] + (ink[:, 1:] & ~ink[:, :-1]).sum(1)
+    runs = _moving_mean(runs, min(3, height))
+    rows = np.flatnonzero(runs > max(2.2, 0.3 * np.percentile(runs, 90)))
+    if not len(rows):
+        return []
+    # Accents and the dots of i stand apart from their line, other lines further.
+    parts = np.split(rows, np.flatnonzero(np.diff(rows) > height // 20) + 1)
+    heaviest = max(parts, key=lambda part: runs[part].sum())
+    lines = [part for part in parts if _is_another_line(part, heaviest, runs)]
+    return lines if len(lines) > 1 else [heaviest]
+
+
+def _is_another_line(rows, heaviest, runs):
+    """Whether some rows are a line of text beside the heaviest, or that itself.
+
+    Such are about as high and as heavy, and stand apart by more than the halves of a digit
+    on a display do.
+    """
+    if rows is heaviest:
+        return True
+    gap = max(rows[0] - heaviest[-1], heaviest[0] - rows[-1])
     return (
-        max(0, left - size // 2),
-        max(0, top - size // 4),
-        min(width, right + size // 2),
-        min(height, bottom + size // 4),
+        len(rows) >= max(8, 0.6 * len(heaviest))
+        and runs[rows].sum() > 0.5 * runs[heaviest].sum()
+        and gap > 0.2 * len(heaviest)
     )
 
 
@@ -221,11 +359,15 @@ class Look(NamedTuple):
 
     size: (width, height) in pixels.
     text_size: the same of its text box, or of the image where none was wanted.
+    lines: of text, as far as they can be told apart.
+    more: whether its file has pages or frames that are not read.
     digest: of its pixels.
     """
 
     size: tuple
     text_size: tuple
+    lines: int
+    more: bool
     digest: bytes
 
     def resized(self, trim):
@@ -236,9 +378,12 @@ class Look(NamedTuple):
 def look_at(source, find_text=True):
     """The `Look` of an image that `read_image` reads, and what that raises."""
     image = read_image(source)
-    left, top, right, bottom = text_box(image) if find_text else (0, 0, *image.size)
+    (left, top, right, bottom), lines = (0, 0, *image.size), 1
+    if find_text:
+        (left, top, right, bottom), lines = find_text_lines(image)
     digest = hashlib.blake2b(image.tobytes(), digest_size=16).digest()
-    return Look(image.size, (right - left, bottom - top), digest)
+    more = image.info.get(MORE, False)
+    return Look(image.size, (right - left, bottom - top), lines, more, digest)
 
 
 def fitting_preprocess(sizes, text_sizes, needed, height=None, width=None, trim=None):
@@ -289,17 +434,27 @@ def check_writable(folder):
 def write_atomically(path, content):
     """Write bytes so that ``path`` is either as before or complete, whatever happens.
 
-    Raises OSError, naming ``path``, where they cannot be written.
+    Raises OSError, naming ``path``, where they cannot be written; PermissionError where
+    ``path`` stays in use by another program.
     """
-    scratch = path.with_name(f"{path.name}.unfinished")
+    # Of its own, whoever else writes to the same path.
+    scratch = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.unfinished")
     try:
         with scratch.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())  # a power cut must not leave the new name without content
-        os.replace(scratch, path)
+        for pause in (*PAUSES, None):
+            try:
+                os.replace(scratch, path)
+                break
+            except PermissionError:
+                if pause is None:
+                    raise
+                time.sleep(pause)
     except OSError as error:
-        raise OSError(f"{path}: cannot be written ({error.strerror}), it is as before") from None
+        kind = PermissionError if isinstance(error, PermissionError) else OSError
+        raise kind(f"{path}: cannot be written ({error.strerror}), it is as before") from None
     finally:
         scratch.unlink(missing_ok=True)
 
@@ -326,6 +481,44 @@ def find_chinese_font():
     return next((path for path in CHINESE_FONTS if os.path.exists(path)), None)
 
 
+def lacking(font, characters):
+    """Those of some characters for which an `ImageFont` has no glyph."""
+
+    def drawn(character):
+        mask = font.getmask(character)
+        return mask.size, bytes(mask)
+
+    # What a font draws for a code point that Unicode will never assign: its
+    # "not defined" box, or nothing.
+    missing_glyph = drawn("\U0010ffff")
+    return [c for c in characters if not c.isspace() and drawn(c) == missing_glyph]
+
+
+@cache
+def system_fonts():
+    """Paths of the fonts of this machine, those with most scripts first."""
+    folders = [Path(folder).expanduser() for folder in FONT_FOLDERS]
+    found = [path for folder in folders for path in sorted(folder.rglob("*.[to]t[fc]"))]
+    return [*filter(os.path.exists, CHINESE_FONTS), *map(str, found)]
+
+
+@cache
+def caption_font(text):
+    """(font, text) to show a caption with: escapes stand for what no font here can show."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    font = ImageFont.load_default(14)
+    if text.isascii() or not lacking(font, text):
+        return font, text
+    for path in system_fonts():
+        try:
+            font = ImageFont.truetype(path, 15)
+            if not lacking(font, text):
+                return font, text
+        except (OSError, ValueError):  # a broken one
+            continue
+    return ImageFont.load_default(14), ascii(text)[1:-1]
+
+
 def contact_sheet(images, captions, columns=8, colours=None):
     """Draw `PIL.Image`s in a grid, each with its caption below. Returns an RGB image.
 
@@ -335,18 +528,18 @@ def contact_sheet(images, captions, columns=8, colours=None):
     images = [image.copy() for image in images]
     for image in images:
         image.thumbnail(SHEET_IMAGE)
-    font = ImageFont.load_default(14)
-    chinese = find_chinese_font()
-    if chinese and not all(caption.isascii() for caption in captions):
-        font = ImageFont.truetype(chinese, 15)  # Pillow's own font has Latin letters only
-    widths = [image.width for image in images] + [font.getlength(text) for text in captions]
+    fonts, captions = zip(*map(caption_font, captions), strict=True)
+    widths = [image.width for image in images] + [
+        font.getlength(text) for font, text in zip(fonts, captions, strict=True)
+    ]
     cell_width = math.ceil(max(widths)) + 8
     cell_height = max(image.height for image in images) + 26
     rows = math.ceil(len(images) / columns)
     sheet = Image.new("RGB", (min(columns, len(images)) * cell_width, rows * cell_height), "white")
     draw = ImageDraw.Draw(sheet)
     colours = colours or ["black"] * len(images)
-    for i, (image, caption, colour) in enumerate(zip(images, captions, colours, strict=True)):
+    cells = zip(images, captions, fonts, colours, strict=True)
+    for i, (image, caption, font, colour) in enumerate(cells):
         x, y = i % columns * cell_width + 4, i // columns * cell_height + 4
         sheet.paste(image, (x, y))
         middle = x + image.width / 2, y + image.height + 9

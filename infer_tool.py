@@ -11,14 +11,21 @@ A .pth file is read with PyTorch, an .onnx file with ONNX Runtime: then PyTorch 
 be installed, and nothing here imports it.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports: an end without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import json
 import os
+import queue
 import sys
+import threading
 import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +33,7 @@ from PIL import Image
 
 from ctc_label_converter import CTCLabelConverter
 from image import PATCH, ImageError, Preprocess, read_image
+from keys import command, import_or_say
 
 ROOT = Path(__file__).resolve().parent
 SHIPPED_WEIGHTS = {  # TASK_nhNH_depthDEPTH.pth, and the same as .onnx
@@ -38,6 +46,7 @@ OPERATORS = {
     "Add", "Cast", "Concat", "Constant", "Conv", "Div", "Erf", "Flatten", "Gather", "Identity",
     "MatMul", "Mul", "Reshape", "Shape", "Slice", "Transpose", "Unsqueeze",
 }  # fmt: skip
+MAX_LOGITS = 2**23  # numbers of a batch, at most
 BATCH_SIZE = 64  # images per forward pass; 256 large ones leave the cache and take twice as long
 
 
@@ -73,12 +82,7 @@ def latest_weights(task=None):
 
 def _load_checkpoint(path):
     """`model.load_checkpoint`, which needs PyTorch, and is imported only here."""
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        raise ValueError(
-            f"{path}: PyTorch reads it, which is missing: pip install torch, or take an .onnx file"
-        ) from None
+    import_or_say("torch", f"{path}: PyTorch reads it (an .onnx file needs none)")
     from model import load_checkpoint
 
     return load_checkpoint(path)
@@ -163,12 +167,7 @@ def load_onnx(path, threads=None):
 
     Raises ValueError if ``path`` is no exported network of this project.
     """
-    try:
-        import onnxruntime
-    except ImportError:
-        raise ValueError(
-            f"{path}: ONNX Runtime reads it, which is missing: pip install onnxruntime"
-        ) from None
+    onnxruntime = import_or_say("onnxruntime", f"{path}: ONNX Runtime reads it")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 4  # what is wrong is in the exception
@@ -181,6 +180,7 @@ def load_onnx(path, threads=None):
             told["alphabet"],
             float(told["temperature"]),
             json.loads(told.get("length", "null")),
+            bool(json.loads(told.get("right_to_left", "false"))),
         )
         preprocess = Preprocess(**json.loads(told["preprocess"]))
         [images], [logits] = session.get_inputs(), session.get_outputs()
@@ -194,6 +194,56 @@ def load_onnx(path, threads=None):
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
         raise ValueError(f"{path}: is not a MicroOCR network in ONNX ({reason})") from None
     return session, converter, preprocess, told.get("task")
+
+
+def as_they_come(items, most):
+    """Lists of at most ``most`` items: those that are there, one where others are waited for."""
+    if isinstance(items, list | tuple):
+        yield from (items[i : i + most] for i in range(0, len(items), most))
+        return
+    arrived, stopped = queue.Queue(most), threading.Event()
+
+    def fetch():
+        try:
+            for item in items:
+                arrived.put((item, None))
+                if stopped.is_set():
+                    return
+            arrived.put((None, StopIteration))
+        except BaseException as error:
+            arrived.put((None, error))
+
+    threading.Thread(target=fetch, daemon=True).start()
+    try:
+        end = None
+        while end is None:
+            item, end = arrived.get()
+            batch = [] if end else [item]
+            while not end and len(batch) < most and not arrived.empty():
+                item, end = arrived.get()
+                batch += [] if end else [item]
+            if batch:
+                yield batch
+        if end is not StopIteration:
+            raise end
+    finally:
+        stopped.set()
+        while not arrived.empty():  # lets the thread go on to its end
+            arrived.get()
+
+
+def end_sessions():
+    """End ONNX Runtime's threads before a fork, which they would not survive.
+
+    Both processes load the network again when they read on.
+    """
+    for reader in list(SESSIONS):
+        reader.session = None
+
+
+SESSIONS = weakref.WeakSet()  # the `RecInfer`s that have one
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(before=end_sessions)
 
 
 class RecInfer:
@@ -210,12 +260,15 @@ class RecInfer:
         weights: the path that was loaded.
         task: that they were trained for, None for images of one's own.
 
+    It can be pickled, used after a fork and from several threads at once. A forked process
+    that has ONNX Runtime in it must end by `os._exit`, as those of `multiprocessing` do.
+
     Raises ValueError if the weights cannot be used.
     """
 
     def __init__(self, weights=None, device="cpu", threads=None):
         self.weights = Path(weights or latest_weights())
-        self.device = device
+        self.device, self.threads, self.process = device, threads, os.getpid()
         if self.weights.suffix == ".onnx":
             if device != "cpu":
                 raise ValueError(
@@ -223,13 +276,31 @@ class RecInfer:
                 )
             loaded = load_onnx(self.weights, threads)
             self.session, self.converter, self.preprocess, self.task = loaded
+            SESSIONS.add(self)
             self.logits = self._logits_of_onnx_runtime
         else:
             self.recogniser = _load_checkpoint(self.weights)
-            self.recogniser.model.to(device)
+            from model import pick_device
+
+            self.recogniser.model.to(pick_device(device))
             self.converter, self.preprocess = self.recogniser.converter, self.recogniser.preprocess
             self.task = self.recogniser.task
             self.logits = self._logits_of_pytorch
+
+    def __reduce__(self):
+        return RecInfer, (self.weights, self.device, self.threads)
+
+    def _after_fork(self):
+        """Make the network usable in a forked process, which has none of the old threads."""
+        if self.process == os.getpid():
+            return
+        self.process = os.getpid()
+        if self.weights.suffix != ".onnx":
+            import torch
+
+            if self.device != "cpu":
+                raise ValueError(f"{self.device} cannot be used after a fork: start it by spawn")
+            torch.set_num_threads(1)
 
     def predict(self, image, search=None):
         """Read one image or a list of images.
@@ -265,8 +336,9 @@ class RecInfer:
             (image as it was given, its `Reading`), in order; for an image that cannot be
             read (image, ValueError that names it).
         """
-        images, first = iter(images), 0
-        while batch := list(islice(images, BATCH_SIZE)):
+        self._after_fork()
+        first = 0
+        for batch in as_they_come(images, BATCH_SIZE):
             names = [
                 source if isinstance(source, str | Path) else f"image {i}"
                 for i, source in enumerate(batch, first)
@@ -283,16 +355,23 @@ class RecInfer:
             for i, pixels in enumerate(results):
                 if not isinstance(pixels, ValueError):
                     by_width.setdefault(pixels.shape[2], []).append(i)
-            for group in by_width.values():
-                logits = self.logits(np.stack([results[i] for i in group]))
-                if search is None:
-                    readings = self.converter.decode(logits)
-                else:
-                    readings = self.converter.search(logits, search)
-                for i, reading in zip(group, readings, strict=True):
-                    results[i] = reading
+            for width, group in by_width.items():
+                # The logits of thousands of classes in wide images take gigabytes.
+                size = max(1, MAX_LOGITS * PATCH // (width * self.converter.nclass))
+                for part in (group[i : i + size] for i in range(0, len(group), size)):
+                    self._read(results, part, search)
             yield from zip(batch, results, strict=True)
             first += len(batch)
+
+    def _read(self, results, indices, search):
+        """Replace the pixels of some ``results``, all of one width, by their `Reading`s."""
+        logits = self.logits(np.stack([results[i] for i in indices]))
+        if search is None:
+            readings = self.converter.decode(logits)
+        else:
+            readings = self.converter.search(logits, search)
+        for i, reading in zip(indices, readings, strict=True):
+            results[i] = reading
 
     def _pixels(self, source, name):
         """Any source -> (3, height, W) uint8, or the ValueError that says why not."""
@@ -319,14 +398,18 @@ class RecInfer:
     def _logits_of_onnx_runtime(self, pixels):
         """(N, 3, height, W) uint8 -> (N, W/4, nclass) float32."""
         images = self.preprocess.normalise(pixels)
-        return self.session.run(None, {self.session.get_inputs()[0].name: images})[0]
+        session = self.session
+        if session is None:
+            session = self.session = load_onnx(self.weights, self.threads)[0]
+        return session.run(None, {session.get_inputs()[0].name: images})[0]
 
 
 def export(weights, out):
     """Write the checkpoint ``weights`` as the ONNX file ``out``, and compare the two.
 
     Batch size and width stay free. The file's metadata hold the "alphabet", the
-    "temperature", the "task" if it has one and, in JSON, the "length" and the "preprocess".
+    "temperature", the "task" if it has one and, in JSON, the "length", whether texts run from
+    "right_to_left", and the "preprocess".
 
     Returns:
         (images, difference): the number of sample images that were read with both, and
@@ -335,13 +418,8 @@ def export(weights, out):
     Raises ValueError where a package is missing, ``weights`` cannot be used, ``out``
     cannot be written, or the two files do not read the same texts.
     """
-    try:
-        import onnx
-        import onnxruntime  # noqa: F401, needed at the end
-    except ImportError as error:
-        raise ValueError(
-            f"the export needs the package {error.name}: pip install onnx onnxruntime"
-        ) from None
+    onnx = import_or_say("onnx", "the export needs onnx")
+    import_or_say("onnxruntime", "the export needs onnxruntime")
     import torch
 
     recogniser = _load_checkpoint(weights)
@@ -384,6 +462,7 @@ def metadata(recogniser):
         "alphabet": recogniser.converter.alphabet,
         "temperature": repr(recogniser.converter.temperature),
         "length": json.dumps(recogniser.converter.length),
+        "right_to_left": json.dumps(recogniser.converter.right_to_left),
         "preprocess": json.dumps(asdict(recogniser.preprocess)),
     }
 
@@ -453,7 +532,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"infer_tool.py: error: {error}")
+    command(main)

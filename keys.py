@@ -1,4 +1,4 @@
-"""The characters MicroOCR can read: alphabets by name or from a text file.
+"""The characters MicroOCR can read: alphabets, what a label may hold, and where it ends.
 
     from keys import load_alphabet
     load_alphabet("alnum59")      # a name from ALPHABETS
@@ -8,8 +8,14 @@ The CTC blank is not part of an alphabet: it is class 0 of the network, the
 characters follow in order, so ``nclass = len(alphabet) + 1``.
 """
 
+import importlib
+import os
+import re
+import signal
 import string
-from collections import Counter
+import sys
+import unicodedata
+from collections import Counter, defaultdict
 from pathlib import Path
 
 # GB 2312 keeps its 3,755 most frequent characters, ordered by pronunciation, in rows 16
@@ -31,16 +37,235 @@ ALPHABETS = {
 }
 
 
+SEPARATORS = "_-.#@~ "  # what may stand between a label and the rest of a file name
+# Seen by nobody; the joiners of Arabic and Indian scripts count only at an edge.
+ZERO_WIDTH = "\u00ad\u200b\u200e\u200f\u2060\ufeff"
+JOINERS = "\u200c\u200d"
+FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: 0x20}
+# Cyrillic and Greek letters, and the Latin ones that nobody can tell from them.
+LOOK_ALIKES = dict(
+    zip(
+        "АВЕЅІЈКМНОРСТХҮаесорхуѕіјΑΒΕΖΗΙΚΜΝΟΡΤΥΧο",  # noqa: RUF001
+        "ABESIJKMHOPCTXYaecopxysijABEZHIKMNOPTYXo",
+        strict=True,
+    )
+)
+
+
+def _unquoted(text):
+    """``text`` without the quotes that a spreadsheet has put around it."""
+    quoted = len(text) > 1 and text[0] == text[-1] == '"'
+    return text[1:-1].replace('""', '"') if quoted else text
+
+
+# What makes labels that look equal differ, and how it is mended.
+MENDS = {
+    "decomposed characters": lambda text: unicodedata.normalize("NFC", text),
+    "zero-width characters": lambda text: text.translate(dict.fromkeys(map(ord, ZERO_WIDTH))).strip(
+        JOINERS
+    ),
+    "full-width characters": lambda text: text.translate(FULL_WIDTH),
+    "quotes around them": _unquoted,
+    "spaces at an edge": str.strip,
+}
+
+
+def normalised(text):
+    """``text`` in the one form that all texts which look like it have."""
+    for mend in MENDS.values():
+        text = mend(text)
+    return text
+
+
+def oddities(text):
+    """The names of those MENDS that would change ``text``."""
+    return [name for name, mend in MENDS.items() if mend(text) != text]
+
+
+def is_right_to_left(text):
+    """Whether ``text`` has letters that are written from right to left."""
+    return any(unicodedata.bidirectional(character) in ("R", "AL") for character in text)
+
+
+def reordered(text):
+    """A line of a text from right to left as it looks from left to right, or the other way.
+
+    The Unicode bidirectional algorithm (UAX 9) in a paragraph from right to left. A text
+    without letters that run so is left as it is.
+
+    Returns:
+        (text, places): for each of its characters the place that it had.
+
+    Raises ValueError where python-bidi is not installed.
+    """
+    if not is_right_to_left(text):
+        return text, list(range(len(text)))
+    algorithm = import_or_say("bidi.algorithm", f"{text!r} runs right to left: it takes a package")
+    storage = algorithm.get_empty_storage()
+    storage["base_level"], storage["base_dir"] = 1, "R"
+    algorithm.get_embedding_levels(text, storage)
+    for place, character in enumerate(storage["chars"]):
+        character["place"] = place
+    for step in (
+        algorithm.explicit_embed_and_overrides,
+        algorithm.resolve_weak_types,
+        algorithm.resolve_neutral_types,
+        algorithm.resolve_implicit_levels,
+        algorithm.reorder_resolved_levels,
+        algorithm.apply_mirroring,
+    ):
+        step(storage, False)
+    characters = storage["chars"]
+    return "".join(c["ch"] for c in characters), [c["place"] for c in characters]
+
+
+def unusable(text):
+    """The characters of ``text`` that no label can hold: line breaks, tabs, other controls."""
+    return sorted({c for c in text if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")})
+
+
+def named(character):
+    """A character's code point and, where it has one, its name: U+2028 LINE SEPARATOR."""
+    return f"U+{ord(character):04X} {unicodedata.name(character, '')}".rstrip()
+
+
+def find_separators(stems):
+    """The characters of SEPARATORS at which the labels of file names without suffix end.
+
+    What follows a separator must clearly be none of the label, in all names that have it:
+    a browser's " (1)"; hexadecimal digits that name a file once; or counters, which run from
+    0 or 1 over all names or over those of one label.
+
+    Returns:
+        (those that end a label, those that occur but may be a part of it).
+    """
+    ends, unclear = "", ""
+    for separator in SEPARATORS:
+        pairs = [stem.partition(separator)[::2] for stem in stems if separator in stem]
+        rests = [rest for _, rest in pairs]
+        copied = separator == " " and all(re.fullmatch(r"\(\d+\)", rest) for rest in rests)
+        if rests and (copied or _are_hashes(rests) or _are_counters(pairs)):
+            ends += separator
+        elif rests and separator != " ":  # which words may have between them
+            unclear += separator
+    return ends, unclear
+
+
+def labels_of_names(stems, options):
+    """The labels in file names without suffix.
+
+    Args:
+        stems: the names.
+        options: a `label.LabelOptions`, of which ``separator`` and ``regex`` count.
+
+    Returns:
+        (labels, rule): a string for each, None where the regex finds none; the rule in words.
+
+    Raises ValueError, which shows examples and asks, where a label may end in two places.
+    """
+    if options.regex is not None:
+        matches = [re.search(options.regex, stem) for stem in stems]
+        rule = f"by {options.regex!r} (--label-regex)"
+        return [match and match[1] for match in matches], rule
+    ends, unclear = find_separators(stems)
+    if options.separator is not None:
+        ends, unclear = [options.separator] if options.separator else [], ""
+    if unclear:
+        shown = ", ".join([stem for stem in stems if any(c in stem for c in unclear)][:5])
+        raise ValueError(
+            f"the names of the images are their labels, but where do these end, {shown}? Say so: "
+            f"--label-separator '' for the whole name, --label-separator {unclear[0]!r} for what "
+            "stands before it, or --label-regex with a group for the label"
+        )
+    rule = f"up to {' or '.join(map(repr, ends))}" if ends else "as a whole"
+    labels = stems
+    for end in ends:
+        labels = [label.partition(end)[0] for label in labels]
+    return labels, f"{rule} (--label-separator)"
+
+
+def _are_hashes(rests):
+    """Whether they are hexadecimal numbers with letters, each another."""
+    shaped = all(re.fullmatch(r"[0-9a-f]{4,}(-[0-9a-f]{4,})*", rest) for rest in rests)
+    lettered = sum(bool(re.search("[a-f]", rest)) for rest in rests)
+    return shaped and len(set(rests)) == len(rests) and 2 * lettered >= len(rests)
+
+
+def _are_counters(pairs):
+    """Whether the second ones of (label, rest) count, over all or for each label."""
+    if not all(re.fullmatch(r"\d{1,9}", rest) for _, rest in pairs):
+        return False
+    groups = defaultdict(list)
+    for label, rest in pairs:
+        groups[label].append(int(rest))
+    everything = sorted(number for numbers in groups.values() for number in numbers)
+    dense = len(set(everything)) == len(everything) and everything[-1] < 1.2 * len(everything) + 1
+    each = all(
+        len(set(numbers)) == len(numbers) and max(numbers) <= len(numbers)
+        for numbers in groups.values()
+    )
+    # Many labels that all have the one counter 1 say as little as decimals would.
+    return (dense and len(everything) > 1) or (each and len(groups) < len(pairs))
+
+
+def command(main):
+    """Run a script's ``main``, and end with its exit status.
+
+    What is printed is UTF-8, whatever the console's own is. Errors that people can mend are
+    one line on stderr, without a traceback; so is Ctrl-C.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    name = Path(sys.argv[0]).name
+    for stream in ("stdin", "stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed
+            setattr(sys, stream, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(getattr(sys, stream), "reconfigure"):  # a notebook's has none
+            errors = "surrogateescape" if stream == "stdin" else "backslashreplace"
+            getattr(sys, stream).reconfigure(encoding="utf-8", errors=errors)
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except ImportError as error:  # a broken installation, as it is
+        status = f"{name}: error: {type(error).__name__}: {error}"
+    except (ValueError, OSError) as error:
+        status = f"{name}: error: {error}"
+    except KeyboardInterrupt:
+        status = f"{name}: interrupted"
+    sys.exit(status)
+
+
+def import_or_say(package, purpose):
+    """Import a package that is optional.
+
+    Raises ValueError, with the line that installs it, where it is missing. What a broken
+    installation raises is passed on.
+    """
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package.partition(".")[0]:
+            raise
+        name = {"bidi": "python-bidi"}.get(error.name, error.name)
+        raise ValueError(f"{purpose}, which is missing: pip install {name}") from None
+
+
 def check_alphabet(alphabet, source="the alphabet"):
     """Return ``alphabet`` (a string, one character a class) if it can be used.
 
-    Raises ValueError, naming ``source``, where it is empty, repeats a character
-    or contains a line break (a label is one line of a text file).
+    Raises ValueError, naming ``source``, where it is empty, repeats a character or
+    contains what is `unusable` (a label is one line of a text file).
     """
     if not alphabet:
         raise ValueError(f"{source}: an alphabet needs at least one character, this one is empty")
-    if len(alphabet.splitlines()) > 1 or alphabet != alphabet.splitlines()[0]:
-        raise ValueError(f"{source}: an alphabet cannot contain a line break, write it as one line")
+    controls = unusable(alphabet)
+    if controls:
+        raise ValueError(
+            f"{source}: an alphabet cannot contain a line break or another control character, "
+            f"remove {', '.join(map(named, controls))}"
+        )
     repeated = sorted(c for c, times in Counter(alphabet).items() if times > 1)
     if repeated:
         raise ValueError(

@@ -5,11 +5,13 @@ Accuracy, its interval, error rate, confusions, calibration; curves and mistakes
 
 import io
 import math
+import sys
 from collections import Counter
 from difflib import SequenceMatcher
 from typing import NamedTuple
 
 from image import contact_sheet, read_image, save_picture, write_atomically
+from keys import import_or_say
 
 MISTAKES = 40  # images on the sheet of mistakes
 
@@ -202,7 +204,7 @@ def save_curves(path, results):
     """Draw `EpochResult`s over the epochs, where matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
-    except ImportError:
+    except ModuleNotFoundError:
         return
     figure = Figure(figsize=(9, 6), layout="constrained")
     shown = (
@@ -224,14 +226,20 @@ def save_curves(path, results):
     write_atomically(path, buffer.getvalue())
 
 
+def save_progress(table, curves, results):
+    """`save_table` and `save_curves`; a file that another program holds open is a warning."""
+    for save, path in ((save_table, table), (save_curves, curves)):
+        try:
+            save(path, results)
+        except PermissionError as error:
+            print(f"warning: {error}", file=sys.stderr)
+
+
 def tensorboard_writer(folder):
     """A `SummaryWriter`. Raises ValueError where tensorboard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError(
-            "--tensorboard: needs a package that is missing: pip install tensorboard"
-        ) from None
+    import_or_say("tensorboard", "--tensorboard needs a package")
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(folder)
 
 

@@ -9,21 +9,32 @@ and one Linear layer gives each column its logits, for CTC (Graves et al.,
 "Connectionist Temporal Classification", ICML 2006).
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports: an end without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
+import atexit
 import io
 import math
+import os
 import pickle
+import platform
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout  # which PyTorch depends on
 from torch import nn
 from torch.nn import functional as F
 
 from ctc_label_converter import BLANK, CTCLabelConverter
 from image import PATCH, Preprocess, write_atomically
+from keys import command
 
 
 class ConvBNACT(nn.Module):
@@ -157,6 +168,7 @@ def load_checkpoint(path):
             checkpoint["alphabet"],
             float(checkpoint.get("temperature", 1)),
             checkpoint.get("length"),
+            bool(checkpoint.get("right_to_left", False)),
         )
         preprocess, task = Preprocess(**checkpoint["preprocess"]), checkpoint.get("task")
         if not isinstance(task, str | None):
@@ -184,7 +196,10 @@ def load_checkpoint(path):
 
 
 def save_checkpoint(path, recogniser):
-    """Write a `Recogniser` so that `load_checkpoint` gives it back."""
+    """Write a `Recogniser` so that `load_checkpoint` gives it back.
+
+    Returns its path: ``path``, or another beside it where that stays in use.
+    """
     model, converter = recogniser.model, recogniser.converter
     kind = torch.float16 if recogniser.half else torch.float32
     state = {
@@ -197,11 +212,18 @@ def save_checkpoint(path, recogniser):
         "alphabet": converter.alphabet,
         "temperature": converter.temperature,
         "length": converter.length,
+        "right_to_left": converter.right_to_left,
         "task": recogniser.task,
         "preprocess": asdict(recogniser.preprocess),
         "state_dict": state,
     }
-    save_tensors(path, content)
+    try:
+        save_tensors(path, content)
+    except PermissionError as error:  # hours of training are in it
+        path = path.with_suffix(f".{os.getpid()}.pth")
+        print(f"warning: {error}; the checkpoint is saved as {path}", file=sys.stderr)
+        save_tensors(path, content)
+    return path
 
 
 def save_tensors(path, content):
@@ -209,6 +231,29 @@ def save_tensors(path, content):
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_atomically(path, buffer.getvalue())
+
+
+def claim(path):
+    """Keep other processes from writing files of the same name until this one ends.
+
+    Raises ValueError, which names the other process, where one has claimed ``path``.
+    """
+    lock, owner = FileLock(path.with_suffix(".lock")), path.with_suffix(".owner")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
+        raise ValueError(
+            f"{path}: is being written by {who}: wait for its end, or choose another --out"
+        ) from None
+    owner.write_text(f"process {os.getpid()} of {platform.node()}", encoding="utf-8")
+
+    def release():
+        owner.unlink(missing_ok=True)
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+
+    atexit.register(release)
 
 
 def load_state(path, settings):
@@ -308,20 +353,22 @@ def pick_device(name):
         return torch.device("cpu" if problem else "cuda")
     try:
         device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device {name}: use auto, cpu, cuda, cuda:1 or mps") from None
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f"the device {name!r} is none of auto, cpu, cuda, cuda:1 and mps"
+        ) from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(
-                f"--device {name}: torch {torch.__version__} finds no NVIDIA GPU, use --device cpu"
+                f"the device {name!r}: torch {torch.__version__} finds no NVIDIA GPU, use cpu"
             )
         if (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"--device {name}: there are {torch.cuda.device_count()} GPUs")
+            raise ValueError(f"the device {name!r}: there are {torch.cuda.device_count()} GPUs")
         problem = missing_kernels(device)
         if problem:
-            raise ValueError(f"--device {name}: {problem}")
+            raise ValueError(f"the device {name!r}: {problem}")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"--device {name}: torch finds no Apple GPU, use --device cpu")
+        raise ValueError(f"the device {name!r}: torch finds no Apple GPU, use cpu")
     return device
 
 
@@ -422,7 +469,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"model.py: error: {error}")
+    command(main)

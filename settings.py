@@ -6,6 +6,7 @@ What fits a data set is decided here too, after `dataset.check` has looked at it
 import argparse
 import math
 import os
+import shutil
 import signal
 import sys
 import zlib
@@ -19,11 +20,19 @@ from torch import distributed
 import gen_image
 from collatefn import AUGMENTATIONS
 from ctc_label_converter import CTCLabelConverter
-from dataset import SPLITS, Checked, add_data_flags, check, data_options, problem_list
+from dataset import (
+    Checked,
+    add_data_flags,
+    check,
+    data_options,
+    problem_list,
+    save_problems,
+)  # fmt: skip
 from gen_image import count, defaults
-from image import PATCH, Preprocess, check_writable, write_atomically
+from image import PATCH, Preprocess, check_writable
 from infer_tool import SAVE_FOLDER
-from keys import load_alphabet
+from keys import check_alphabet, is_right_to_left, load_alphabet
+from label import SPLITS
 from model import MicroNet, Recogniser, fast_bfloat16, pick_device, with_alphabet
 
 
@@ -289,6 +298,9 @@ def parse_args(description):
     for flag in given:
         if (args.weights or args.evaluate or args.calibrate) and getattr(args, flag) is not None:
             raise ValueError(f"--{flag}: is given by the weights, leave it out")
+    compilers = (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")
+    if args.compile and not any(map(shutil.which, compilers)):
+        raise ValueError("--compile: needs a C++ compiler, and finds none (g++, clang++ or cl)")
     if args.mistakes and not args.evaluate:
         raise ValueError("--mistakes: is a part of --evaluate")
     if args.data is None and args.task is None:
@@ -353,22 +365,20 @@ def check_data(args, splits=SPLITS, **options):
     size = {"height": args.height, "width": args.width, "trim": args.trim}
     options = data_options(args, limit=args.train, **size, **options)
     checked = check(data_path(args), options, splits)
-    if checked.problems and not args.skip_bad:
-        raise ValueError(
-            f"{problem_list(checked.problems)}\nmend them, or train without them: --skip-bad"
-        )
+    if checked.problems:
+        check_writable(args.out)
+        path = args.out / f"{data_path(args).resolve().stem}.problems.txt"
+        save_problems(path, checked.problems)
+        if not args.skip_bad:
+            raise ValueError(
+                f"{problem_list(checked.problems)}\nthe whole list is in {path}; mend them, or "
+                "train without them: --skip-bad"
+            )
+        print(f"left out {len(checked.problems)} lines that cannot be used, see {path}")
     for split in splits:
         if not getattr(checked, split):
             raise ValueError(f"{data_path(args)}: no {split} image is left that can be used")
     return checked
-
-
-def report_skipped(args, checked, path):
-    """Say how many lines are left out, and write their list."""
-    if checked.problems:
-        check_writable(args.out)
-        write_atomically(path, ("\n".join(checked.problems) + "\n").encode("utf-8"))
-        print(f"left out {len(checked.problems)} lines that cannot be used, see {path}")
 
 
 class Plan(NamedTuple):
@@ -414,6 +424,7 @@ def prepare(args, start, device):
         )
     length = text_length(args, start.converter if known else None)
     checked = check_data(args, alphabet=alphabet, preprocess=preprocess, length=length)
+    check_alphabet(checked.alphabet)
 
     preset = PRESETS[args.task] if args.task else own_preset(checked)
     flags = ("nh", "depth", "epochs", "lr", "averaging", "augment", "batch_size", "amp")
@@ -445,7 +456,8 @@ def first_recogniser(args, plan, start):
     if start and not args.fine_tune:
         converter = start.converter.with_length(preset.length)
         return replace(start, converter=converter, task=args.task, half=args.half)
-    converter = CTCLabelConverter(checked.alphabet, length=preset.length)
+    turned = any(map(is_right_to_left, checked.alphabet))
+    converter = CTCLabelConverter(checked.alphabet, length=preset.length, right_to_left=turned)
     if start:
         network, known = with_alphabet(start, checked.alphabet)
         print(f"{known} of {len(checked.alphabet)} characters are known to {args.weights}")
@@ -492,7 +504,10 @@ def start_processes(name):
     Args:
         name: of the device, see `pick_device`.
     """
-    device = pick_device(name)
+    try:
+        device = pick_device(name)
+    except ValueError as error:
+        raise ValueError(f"--device {name}: {error}") from None
     if "WORLD_SIZE" not in os.environ:
         return device
     if device == torch.device("cuda"):

@@ -19,6 +19,11 @@ Writes to save_model/, with NAME = TASK_nhNH_depthDEPTH or FOLDER_nhNH_depthDEPT
 The files of an earlier run get a number.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports: an end without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import math
 import os
 import sys
@@ -41,6 +46,7 @@ from ctc_label_converter import fit_temperature
 from dataset import DataOptions, data_sheet
 from image import check_writable, keep_previous, save_picture
 from infer_tool import latest_weights, written_weights
+from keys import command
 from loss import CTCLoss, batch_logits
 from settings import gather, processes
 
@@ -338,9 +344,9 @@ def save_epoch(run):
     if len(rows) == 1:
         keep_previous(files)
     if metric.best_epoch(rows) is rows[-1]:
-        network.save_checkpoint(files.checkpoint, run.averaged())
-    metric.save_table(files.table, rows)
-    metric.save_curves(files.curves, rows)
+        checkpoint = network.save_checkpoint(files.checkpoint, run.averaged())
+        run.files = files._replace(checkpoint=checkpoint)
+    metric.save_progress(files.table, files.curves, rows)
     # The state last: with an older one the epoch is repeated, and ends the same.
     state = {name: part.state_dict() for name, part in run.parts().items()}
     progress = vars(run.progress) | {"rows": [list(row) for row in rows]}
@@ -352,11 +358,11 @@ def begin(args, device):
     rank, world = processes()
     start = network.load_checkpoint(args.weights) if args.weights else None
     plan = settings.from_first(lambda: settings.prepare(args, start, device))
+    check_writable(args.out)
     files = settings.output_files(args, plan.preset)
+    settings.from_first(lambda: network.claim(files.checkpoint))
     if rank == 0:
-        check_writable(args.out)
-        settings.report_skipped(args, plan.checked, files.checkpoint.with_suffix(".skipped.txt"))
-        sheet = data_sheet(plan.checked.train, args.seed)
+        sheet = data_sheet(plan.checked.train, plan.preset.preprocess, args.seed)
         save_picture(files.checkpoint.with_suffix(".data.png"), sheet)
     run = set_up(args, plan, files, start, device)
     if args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
@@ -444,7 +450,6 @@ def load_test_set(args, weights, val_fraction):
         length=length, val_fraction=val_fraction,
     )  # fmt: skip
     print(checked.notes[0])
-    settings.report_skipped(args, checked, args.out / f"{weights.stem}.skipped.txt")
     return recogniser, checked, evaluation_loader(checked, recogniser.converter)
 
 
@@ -474,7 +479,6 @@ def calibrate_weights(args, device):
 
 def main():
     args = settings.parse_args(__doc__)
-    sys.stdout.reconfigure(encoding="utf-8")  # whatever the console's own is
     device = settings.start_processes(args.device)
     if args.evaluate:
         return evaluate_weights(args, device)
@@ -491,9 +495,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        sys.exit(f"train.py: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("train.py: interrupted")
+    command(main)

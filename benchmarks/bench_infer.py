@@ -23,8 +23,8 @@ import torch
 from common import FRESH_SEED, ROOT, draw, measured, print_machine
 
 from ctc_label_converter import Search
-from dataset import read_label_file
 from infer_tool import BATCH_SIZE, SHIPPED_WEIGHTS, RecInfer
+from label import read_label_file
 from metric import expected_calibration_error, word_accuracy
 
 SEARCHED, PEER = 2000, 200  # images that are searched in all ways, and read by the peer

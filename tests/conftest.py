@@ -1,7 +1,25 @@
 """A small data set and trainings on it, which several test files use."""
 
+import os
+
 import pytest
 from helpers import run_script
+
+
+@pytest.fixture
+def in_use(monkeypatch):
+    """in_use(path): from now on the file cannot be replaced, as where Windows has it open."""
+    replace = os.replace
+
+    def refuse(path):
+        def replace_others(source, target):
+            if target == path:
+                raise PermissionError(13, "Permission denied")
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", replace_others)
+
+    return refuse
 
 
 @pytest.fixture(scope="session")

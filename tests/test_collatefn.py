@@ -5,7 +5,17 @@ from itertools import chain
 import pytest
 import torch
 
-from collatefn import AUGMENTATIONS, Collate, EpochOrder, OnDevice, TextImageDataset
+from collatefn import (
+    AUGMENTATIONS,
+    Collate,
+    EpochOrder,
+    OnDevice,
+    TextImageDataset,
+    affine_grid,
+    clamped_sample,
+    grid_sample,
+    machine_memory,
+)
 from ctc_label_converter import CTCLabelConverter
 from dataset import DataOptions, check
 from image import Preprocess
@@ -66,3 +76,21 @@ def test_augmentation_moves_a_little(name):
         centres = (light.sum(1) * torch.arange(128.0)).sum(1) / light.sum((1, 2))
         assert (centres - 63.5).abs().max() < 14
     assert torch.equal(changed, images) == (name == "none")
+
+
+def test_places_beyond_the_edges_are_the_edges_without_such_padding():
+    """As on a device whose grid_sample has no border padding."""
+    torch.manual_seed(0)
+    images = torch.rand(4, 3, 32, 80)
+    grid = affine_grid(images, 1.5)
+    assert (grid.abs() > 1).any()
+    torch.testing.assert_close(clamped_sample(images, grid), grid_sample(images, grid))
+
+
+def test_a_container_has_the_memory_of_its_limit(tmp_path, monkeypatch):
+    whole = machine_memory()
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr("collatefn.CGROUP_LIMITS", [str(limit), str(tmp_path / "missing")])
+    for content, expected in (("max\n", whole), ("1000000\n", 1000000), (str(2**62), whole)):
+        limit.write_text(content, encoding="ascii")
+        assert machine_memory() == min(expected, whole)

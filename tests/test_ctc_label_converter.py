@@ -1,5 +1,6 @@
 """Encoding, decoding and searching, against the enumeration of all alignments."""
 
+import tracemalloc
 from itertools import groupby, product
 
 import numpy as np
@@ -179,3 +180,36 @@ def test_a_range_of_lengths():
     for text in ("", "0", "8-3", "-3", "a", "3-x"):
         with pytest.raises(ValueError):
             length_range(text)
+
+
+def test_texts_from_right_to_left_come_back_as_they_are_written():
+    """However they are read: greedily, by a beam, from a lexicon; each confidence in its place."""
+    alphabet, label = "אבג12", "אב12ג"
+    converter = CTCLabelConverter(alphabet, right_to_left=True)
+    targets, _ = converter.encode([label])
+    assert "".join(alphabet[k - 1] for k in targets) == "ג12בא"
+    logits = np.full((1, 2 * len(label), len(alphabet) + 1), -4.0)
+    for i, k in enumerate(targets):  # the further to the right, the surer
+        logits[0, 2 * i, k] = 2.0 + i
+        logits[0, 2 * i + 1, BLANK] = 9.0
+    lexicon = Search(lexicon=(label, "אב"))
+    [greedy], [beam], [word] = (
+        converter.decode(logits),
+        converter.search(logits, Search(top=2)),
+        converter.search(logits, lexicon),
+    )
+    assert greedy.text == beam.text == word.text == label
+    columns = {"ג": 0, "1": 1, "2": 2, "ב": 3, "א": 4}
+    assert sorted(label, key=columns.get) == sorted(
+        label, key=dict(zip(label, greedy.char_confidences, strict=True)).get
+    )
+    assert CTCLabelConverter(alphabet).decode(logits)[0].text == "ג12בא"
+
+
+def test_a_large_lexicon_takes_bounded_memory(logits):
+    words = tuple(f"{'ab1' * 5}"[i % 7 : i % 7 + 5] + "a" * (i % 3) for i in range(20000))
+    tracemalloc.start()
+    CTCLabelConverter(ALPHABET).search(logits[:1], Search(lexicon=words))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 60 * 2**20

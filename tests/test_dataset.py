@@ -1,16 +1,19 @@
 """Data sets however they are kept, and everything that can be wrong with them."""
 
+import re
 import struct
 import zlib
+from collections import Counter
 
 import numpy as np
 import pytest
 from helpers import assert_clear_error, jpeg, picture, png, run_script
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from collatefn import TextImageDataset
-from dataset import DataOptions, check, find_separators, read_label_file
+from dataset import DataOptions, check, data_sheet, problem_list
 from image import MAX_PIXELS, Preprocess
+from label import LabelOptions, Problem, Sample
 
 
 def bomb(width, height):
@@ -87,8 +90,8 @@ def test_everything_broken_is_named_with_its_line_all_at_once(tmp_path):
     assert MAX_PIXELS < 12000 * 12000
     broken = write_broken_set(tmp_path)
     checked = check(tmp_path, DataOptions(alphabet="0123456789", preprocess=Preprocess()))
-    problems = {int(problem.split("train.txt:")[1].split(":")[0]): problem
-                for problem in checked.problems}  # fmt: skip
+    texts = [str(problem) for problem in checked.problems]
+    problems = {int(text.split("train.txt:")[1].split(":")[0]): text for text in texts}
     assert len(problems) == len(checked.problems)
     assert sorted(problems) == [number for number, _ in broken]
     for number, fragments in broken:
@@ -96,19 +99,38 @@ def test_everything_broken_is_named_with_its_line_all_at_once(tmp_path):
     assert len(broken) >= 20
     assert len(checked.train) == 1000 - len(broken)
 
-    process = run_script("dataset.py", tmp_path, "--alphabet", "digits", cwd=tmp_path)
-    assert_clear_error(process, f"{len(broken)} problems", *problems.values())
-    process = run_script("train.py", "--data", tmp_path, "--alphabet", "digits", cwd=tmp_path)
-    assert_clear_error(process, "--skip-bad", *problems.values())
+    name = f"{tmp_path.name}.problems.txt"
+    commands = [["dataset.py", tmp_path], ["train.py", "--data", tmp_path]]
+    for command in commands:
+        process = run_script(*command, "--alphabet", "digits", cwd=tmp_path)
+        assert_clear_error(process, f"{len(broken)} problems", name)
+        # Those that are alike are told once, with the first three and the last.
+        alike = Counter(problem.text for problem in checked.problems)
+        assert max(alike.values()) > 4
+        for problem in checked.problems:
+            assert problem.text in process.stderr
+            assert alike[problem.text] > 4 or str(problem) in process.stderr
+        whole = tmp_path / "save_model" / name
+        assert whole.read_text(encoding="utf-8").splitlines() == texts
+        whole.unlink()
     assert not list(tmp_path.glob("save_model/*.pth"))
     process = run_script(
-        "train.py", "--data", tmp_path, "--alphabet", "digits", "--skip-bad", "--epochs", 1,
-        "--nh", 4, "--depth", 1, cwd=tmp_path,
+        *commands[1], "--alphabet", "digits", "--skip-bad", "--epochs", 1, "--nh", 4, "--depth", 1,
+        cwd=tmp_path,
     )  # fmt: skip
     assert f"left out {len(broken)} lines" in process.stdout, process.stderr
     assert f"\n{1000 - len(broken)} training and 2 test images" in process.stdout
-    skipped = next(tmp_path.glob("save_model/*.skipped.txt")).read_text(encoding="utf-8")
-    assert skipped.splitlines() == checked.problems
+    assert whole.read_text(encoding="utf-8").splitlines() == texts
+
+
+def test_the_list_of_problems_is_short():
+    problems = [Problem(f"a.txt:{i}", f"has {i // 100} columns") for i in range(100, 900)]
+    problems += [Problem(f"b.txt:{i}", f"is wrong in the way {i}") for i in range(200)]
+    lines = problem_list(problems).splitlines()
+    assert len(lines) <= 52
+    assert lines[0] == "1000 problems in the data:"
+    assert lines[1] == "100 times: has 1 columns: a.txt:100, a.txt:101, a.txt:102, ... a.txt:199"
+    assert lines[-1] == "and 158 lines more"
 
 
 def test_a_good_data_set_with_bom_crlf_spaces_and_mixed_widths(tmp_path):
@@ -144,7 +166,8 @@ def labels(samples):
 def test_the_same_set_however_it_is_kept(tmp_path):
     words = [f"{i:03d}x{i % 7}" for i in range(60)]
     # A counter or a hash after the label, only where a name needs one.
-    names = [f"{word}{['', '-0', '_3f2a'][i % 3]}.png" for i, word in enumerate(words)]
+    ends = ["", "-{0}", "_{0:02x}fa{0:02x}"]
+    names = [f"{word}{ends[i % 3].format(i // 3)}.png" for i, word in enumerate(words)]
     named_images(tmp_path / "names", names)
     (tmp_path / "names" / "notes.txt").write_text("drawn by hand", encoding="utf-8")
     named_images(tmp_path / "list", [f"{i}.png" for i in range(60)])
@@ -181,36 +204,26 @@ def test_the_same_picture_is_never_on_both_sides_of_a_split(tmp_path):
     assert not {s.label for s in checked.train} & {s.label for s in checked.test}
 
 
-@pytest.mark.parametrize(
-    ("stems", "separators"),
-    [
-        (["8npd5", "x7k2p"], ""),
-        (["8npd5-0", "x7k2p-12"], "-"),
-        (["8npd5_3f2a", "x7k2p_99bc"], "_"),
-        (["8npd5", "8npd5-1", "8npd5_3f2a"], "_-"),
-        (["AB.1 word", "CD.1 thing"], "."),
-        (["well-known", "plain"], ""),
-    ],
-)
-def test_where_a_label_ends_in_a_file_name(stems, separators):
-    assert find_separators(stems) == separators
-
-
 def test_given_separator_and_folded_case(tmp_path):
     named_images(tmp_path / "plates", ["AB-12.png", "CD-34.png", "eF-56.png"])
-    found = check(tmp_path / "plates")
-    assert labels(found.train + found.test) == ["AB", "CD", "eF"]
-    whole = check(tmp_path / "plates", DataOptions(separator=""))
+    with pytest.raises(ValueError, match="AB-12, CD-34, eF-56"):
+        check(tmp_path / "plates")
+    whole = check(tmp_path / "plates", DataOptions(labels=LabelOptions(separator="")))
     assert labels(whole.train + whole.test) == ["AB-12", "CD-34", "eF-56"]
-    folded = check(tmp_path / "plates", DataOptions(separator="", ignore_case=True))
+    folded = check(
+        tmp_path / "plates", DataOptions(labels=LabelOptions(separator=""), ignore_case=True)
+    )
     assert folded.alphabet == "-123456abcdef"
-    upper = check(tmp_path / "plates", DataOptions(alphabet="ABCDEF", ignore_case=True))
+    upper = check(
+        tmp_path / "plates",
+        DataOptions(labels=LabelOptions(separator="-"), alphabet="ABCDEF", ignore_case=True),
+    )
     assert labels(upper.train + upper.test) == ["AB", "CD", "EF"]
 
 
 def test_the_report(tmp_path):
     named_images(tmp_path / "set", [f"{'ab' * (i % 3 + 1)}-{i}.png" for i in range(30)])
-    picture().rotate(99).save(tmp_path / "set" / "Q-99.png")
+    picture().rotate(99).save(tmp_path / "set" / "Q-30.png")
     process = run_script("dataset.py", tmp_path / "set", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     for fragment in (
@@ -240,21 +253,131 @@ def test_no_data_set_or_several(tmp_path):
         assert_clear_error(run_script("dataset.py", data, cwd=tmp_path), fragment)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"a.png 12\n", ":1: no tab"),
-        (b"a.png\t1\n\t2\n", ":2: no image path"),
-        (b"a.png\t1\na.png\t\n", ":2: the label is empty"),
-        (b"a.png\t1\nb.png\t\xe4\n", ":2: is not UTF-8"),
-        (b"\n\n", "empty"),
-        (None, "cannot be read"),
-    ],
-)
-def test_bad_label_files(tmp_path, content, message):
-    path = tmp_path / "train.txt"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match=message) as error:
-        read_label_file(path)
-    assert str(path) in str(error.value)
+def listed(folder, texts, name="labels.txt", size=(64, 32)):
+    """A folder of images, no two alike, and a label file with their texts."""
+    folder.mkdir(parents=True)
+    noise = np.random.default_rng(0)
+    lines = []
+    for i, text in enumerate(texts):
+        pixels = noise.integers(0, 256, (size[1], size[0]), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        lines.append(f"{i}.png\t{text}\n".encode())
+    (folder / name).write_bytes(b"".join(lines))
+    return folder
+
+
+def test_labels_that_look_equal_and_are_not_are_named_and_mended(tmp_path):
+    texts = ["été", "e\u0301te\u0301", "AB ", "AB", "A\u200bB", "ＡＢ", '"AB"', "АB"]  # noqa: RUF001
+    folder = listed(tmp_path / "set", texts * 2)
+    process = run_script("dataset.py", folder, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    for kind, line in [
+        ("2 labels have decomposed characters (--normalise", 2),
+        ("2 labels have spaces at an edge", 3),
+        ("2 labels have zero-width characters", 5),
+        ("2 labels have full-width characters", 6),
+        ("2 labels have quotes around them", 7),
+        ("2 labels have U+0410 CYRILLIC CAPITAL LETTER A, which looks like 'A'", 8),
+    ]:
+        [shown] = [text for text in process.stdout.splitlines() if text.startswith(kind)]
+        assert re.search(rf"labels.txt:{line}\b", shown)
+    process = run_script("dataset.py", folder, "--normalise", cwd=tmp_path)
+    assert "10 labels were changed by --normalise" in process.stdout
+    assert "(--normalise" not in process.stdout
+    checked = check(folder, DataOptions(normalise=True))
+    assert set(labels(checked.train + checked.test)) == {"été", "AB", "АB"}  # noqa: RUF001
+
+
+CONTROLS = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029\0\x07\x1b\x7f\x80"
+
+
+def test_twenty_more_kinds_of_what_cannot_be_used_are_named_all_at_once(tmp_path):
+    """Characters that no label can hold, lines that are no entry, images of other kinds."""
+    good = [f"{i:02d}x" for i in range(60)]
+    folder = listed(tmp_path / "set", good)
+    lines = (folder / "labels.txt").read_bytes().splitlines(keepends=True)
+    broken = {}
+    for i, character in enumerate(CONTROLS):
+        lines[i] = f"{i}.png\tA{character}B\n".encode()
+        broken[i + 1] = f"U+{ord(character):04X}"
+    others = [
+        (b"20.png\tA\tB\n", "3 columns"),
+        (b"21.png\tA\rB\n", "U+000D"),
+        (b"no such image.png\tAB\n", "no such image.png"),
+        (b"\\\\server\\share\\24.png\tAB\n", "server"),
+        (b"25.png,AB\n", "no tab"),
+        (b"26.png\t\n", "empty"),
+        (b"27.png\t\xed\xa0\x80\n", "UTF-8"),
+        (b"x" * 300 + b".png\tAB\n", "too long"),
+    ]
+    for i, (line, fragment) in enumerate(others, 20):
+        lines[i] = line
+        broken[i + 1] = fragment
+    (folder / "labels.txt").write_bytes(b"".join(lines))
+    checked = check(folder)
+    problems = {
+        int(problem.place.split("labels.txt:")[1].split(":")[0]): str(problem)
+        for problem in checked.problems
+    }
+    assert sorted(problems) == sorted(broken)
+    assert len(broken) >= 20
+    for line, fragment in broken.items():
+        assert fragment in problems[line]
+    assert not set(checked.alphabet) & set(CONTROLS)
+    process = run_script("train.py", "--data", folder, cwd=tmp_path)
+    assert_clear_error(process, f"{len(broken)} problems", "--skip-bad")
+
+
+def test_crcrlf_is_a_line_end(tmp_path):
+    folder = listed(tmp_path / "set", ["AB", "CD", "EF"])
+    content = (folder / "labels.txt").read_bytes().replace(b"\n", b"\r\r\n")
+    (folder / "labels.txt").write_bytes(content)
+    checked = check(folder)
+    assert labels(checked.train + checked.test) == ["AB", "CD", "EF"]
+
+
+def test_our_own_pictures_are_no_data(tmp_path):
+    named_images(tmp_path / "set", [f"W{i:02d}.png" for i in range(20)])
+    for _ in range(2):
+        process = run_script("dataset.py", ".", cwd=tmp_path / "set")
+        assert "18 training and 2 test images" in process.stdout, process.stderr
+    assert (tmp_path / "set" / "save_model" / "set.data.png").exists()
+
+
+def test_odd_images_are_named(tmp_path):
+    folder = listed(tmp_path / "set", ["ABC"] * 4)
+    Image.new("RGB", (30, 200), "white").save(folder / "0.png")
+    page = Image.new("RGB", (300, 200), "white")
+    font = ImageFont.load_default(36)
+    for y, text in ((40, "ABC"), (110, "1234")):
+        ImageDraw.Draw(page).text((60, y), text, font=font, fill="black")
+    page.save(folder / "1.png")
+    photo = Image.new("RGB", (2000, 1500), "white")
+    ImageDraw.Draw(photo).text((600, 700), "ABC", font=font, fill="black")
+    photo.save(folder / "2.png")
+    notes = "\n".join(check(folder, DataOptions(trim=None, height=32)).notes)
+    for fragment in (
+        "1 images are much higher than wide: is their text turned?: ",
+        "1 images seem to hold two lines of text, a label has one: ",
+        "1 images have text of fewer than 10 pixels",
+    ):
+        assert fragment in notes
+
+
+def test_texts_from_right_to_left_need_a_package(tmp_path, monkeypatch):
+    folder = listed(tmp_path / "set", ["שלום", "למל", "12", "מדגמ"])
+    assert not check(folder).problems
+    monkeypatch.setattr("dataset.find_spec", lambda name: None)
+    problems = check(folder).problems
+    assert len(problems) == 3
+    assert all("pip install python-bidi" in problem.text for problem in problems)
+
+
+def test_the_sheet_shows_what_the_network_gets(tmp_path):
+    image = Image.new("RGB", (640, 320), "white")
+    ImageDraw.Draw(image).rectangle((300, 140, 340, 180), fill="black")
+    image.save(tmp_path / "A.png")
+    sample = Sample("A.png", tmp_path / "A.png", "A")
+    sheet = data_sheet([sample], Preprocess(32))
+    assert sheet.height < 70
+    assert sheet.crop((4, 4, 68, 36)).getextrema()[0][0] < 60

@@ -1,18 +1,21 @@
 """demo.py for people and for programs: folders, lists, labels, constraints, bad images."""
 
 import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
-from helpers import ENVIRONMENT, ROOT, SAMPLES, assert_clear_error, run_script
+import torch
+from helpers import ENVIRONMENT, ROOT, SAMPLES, assert_clear_error, load, run_script
 from PIL import Image
 
-from dataset import read_label_file
 from infer_tool import SHIPPED_WEIGHTS, RecInfer
+from label import read_label_file
 from model import load_checkpoint, save_checkpoint
 
 SIMPLE = SAMPLES / "simple"
@@ -180,3 +183,82 @@ def test_weights_of_a_task_are_known_by_what_they_say_not_by_their_name(trained,
     flags = ["export", "--weights", own, "--out", exported]
     assert run_script("infer_tool.py", *flags, cwd=tmp_path).returncode == 0
     assert [RecInfer(path).task for path in (own, photos, exported)] == ["simple", None, "simple"]
+
+
+def test_a_co_process_is_answered_at_once(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "demo.py", *NETWORK, "-"], cwd=tmp_path, env=ENVIRONMENT,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        encoding="utf-8", bufsize=1,
+    )  # fmt: skip
+    for path in sorted(SIMPLE.glob("*.png"))[:5]:
+        process.stdin.write(f"{path}\n")
+        assert process.stdout.readline().split("\t")[1] == path.stem
+    process.stdin.close()
+    assert process.wait(30) == 0
+
+
+def test_odd_names_are_one_failed_image_and_the_run_goes_on(tmp_path):
+    good = sorted(SIMPLE.glob("*.png"))[0]
+    odd = [os.fsencode(tmp_path) + b"/\xff\xfe.png", b"x" * 5000 + b".png", b"nul\0.png"]
+    process = subprocess.run(
+        [sys.executable, ROOT / "demo.py", *NETWORK, "-", "--json"], cwd=tmp_path,
+        input=b"\n".join([*odd, os.fsencode(good)]) + b"\n", capture_output=True, check=False,
+    )  # fmt: skip
+    entries = [json.loads(line) for line in process.stdout.decode("utf-8").splitlines()]
+    assert ["error" in entry for entry in entries] == [True, True, True, False]
+    assert entries[-1]["text"] == good.stem
+    assert process.returncode == 1
+    assert b"Traceback" not in process.stderr
+
+
+def test_a_folder_without_images_is_an_error(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert_clear_error(run_script("demo.py", *NETWORK, "empty", cwd=tmp_path), "holds no images")
+
+
+def test_broken_numbers_are_still_json(tmp_path):
+    checkpoint = load(SHIPPED_WEIGHTS["simple"])
+    checkpoint["state_dict"]["linear.bias"][:] = float("nan")
+    torch.save(checkpoint, tmp_path / "nan.pth")
+    image = sorted(SIMPLE.glob("*.png"))[0]
+    process = run_script("demo.py", "--weights", "nan.pth", "--json", image, cwd=tmp_path)
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    assert "confidence" in json.loads(process.stdout, parse_constant=refuse)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell that closes streams")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
+def test_closed_streams_are_no_traceback(closed, tmp_path):
+    command = shlex.join(map(str, [sys.executable, ROOT / "demo.py", *NETWORK]))
+    process = subprocess.run(
+        ["sh", "-c", f"{command} {closed}"], cwd=tmp_path, capture_output=True, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    assert b"Traceback" not in process.stderr
+
+
+def test_scripts_run_in_a_notebook(tmp_path):
+    """Whose streams cannot be set up anew, and which goes on after a script has ended."""
+    code = f"""
+import io, runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+import demo, train
+real, sys.stdout = sys.stdout, io.StringIO()
+for script, arguments in (("demo.py", {list(map(str, NETWORK))}), ("train.py", ["--lr", "-1"])):
+    sys.argv = [script, *arguments]
+    try:
+        runpy.run_path({str(ROOT)!r} + "/" + script, run_name="__main__")
+    except SystemExit as end:
+        print(script, end.code, file=real)
+print(sys.stdout.getvalue().count("\\n"), "lines", file=real)
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert process.stdout.splitlines()[0] in ("demo.py 0", "demo.py None")
+    assert process.stdout.splitlines()[1].startswith("train.py train.py: error: --lr -1.0")
+    assert process.stdout.splitlines()[2] == "16 lines"

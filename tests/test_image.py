@@ -1,16 +1,30 @@
 """Pixels of every kind of file, the size that fits, the text in them, and safe writing."""
 
 import io
+import multiprocessing
 import random
+import tracemalloc
 from statistics import median
 
 import numpy as np
 import pytest
 from helpers import picture, png
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from ctc_label_converter import columns_needed
-from image import ImageError, Preprocess, fitting_preprocess, read_image, text_box
+from image import (
+    ImageError,
+    Preprocess,
+    caption_font,
+    contact_sheet,
+    find_images,
+    find_text_lines,
+    fitting_preprocess,
+    look_at,
+    read_image,
+    text_box,
+    write_atomically,
+)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "F"])
@@ -104,3 +118,117 @@ def test_an_image_without_text_is_kept_whole(size):
     left, top, right, bottom = text_box(Image.fromarray(noise))
     assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
     assert Preprocess(trim=True)(Image.fromarray(noise)).shape[1] == 32
+
+
+def drawn(size, *texts, height=24):
+    """An image with texts: (place, text)."""
+    image = Image.new("RGB", size, "white")
+    for place, text in texts:
+        font = ImageFont.load_default(height)
+        ImageDraw.Draw(image).text(place, text, font=font, fill="black")
+    return image
+
+
+def test_two_lines_of_text_are_told_apart_and_kept():
+    one = drawn((300, 200), ((60, 80), "AB 1234"))
+    two = drawn((300, 200), ((60, 50), "ABC"), ((60, 110), "1234"), height=36)
+    display = drawn((300, 60), ((60, 10), "88:88"), height=36)
+    assert [find_text_lines(image)[1] for image in (one, two, display)] == [1, 2, 1]
+    _, top, _, bottom = text_box(two)
+    assert top <= 60
+    assert bottom >= 140
+
+
+def test_small_text_in_a_photo_is_found_in_little_memory():
+    photo = Image.new("RGB", (3264, 2448), (225, 222, 216))
+    photo.paste(drawn((600, 120), ((20, 10), "2YNPY2"), height=90), (1000, 1100))
+    tracemalloc.start()
+    left, top, right, bottom = text_box(photo)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert left <= 1020 and top <= 1120 and right >= 1300 and bottom >= 1190
+    assert (bottom - top) < 300
+    assert peak < 100 * 2**20
+
+
+def test_twelve_bits_in_sixteen_are_scaled():
+    deep = Image.fromarray(np.asarray(picture(), np.uint16) * 16)
+    difference = np.asarray(read_image(png(deep)), int) - np.asarray(picture().convert("RGB"), int)
+    assert np.abs(difference).max() <= 2
+
+
+def test_large_text_and_profiles_are_no_reason_to_refuse():
+    text = PngImagePlugin.PngInfo()
+    text.add_text("comment", "x" * 3_000_000, zip=True)
+    content = png(picture(), pnginfo=text, icc_profile=bytes(3_000_000))
+    assert read_image(content).size == (64, 32)
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "GIF"])
+def test_further_pages_are_named(kind):
+    pages, one = io.BytesIO(), io.BytesIO()
+    picture().save(pages, kind, save_all=True, append_images=[picture().rotate(180)])
+    picture().save(one, kind)
+    assert [look_at(file.getvalue()).more for file in (pages, one)] == [True, False]
+    assert read_image(pages.getvalue()).getpixel((0, 0)) == (0, 0, 0)  # of the first
+
+
+def test_images_are_found_whatever_their_suffix_and_ours_are_not(tmp_path):
+    names = [
+        "a.JPG",
+        "b.jfif",
+        "c.jpe",
+        "d.pgm",
+        "sub/e.png",
+        "._a.png",
+        ".ipynb_checkpoints/a.png",
+    ]
+    names += ["save_model/set.data.png", "set.mistakes.png", "notes.txt"]
+    for name in names:
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).write_bytes(png(picture()))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "f.png").write_bytes(png(picture()))
+    try:
+        (tmp_path / "set" / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+        (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "set", target_is_directory=True)
+    except OSError:
+        pytest.skip("this system has no links to folders")
+    found = [path.name for path in find_images(tmp_path / "set")]
+    assert sorted(found) == ["a.JPG", "b.jfif", "c.jpe", "d.pgm", "e.png", "f.png"]
+
+
+def test_captions_of_any_script_are_shown_or_escaped():
+    texts = ["plain", "中文", "देव", "\u2028x", "\udcff", "שלום", "𓀀"]
+    sheet = contact_sheet([picture().convert("RGB")] * len(texts), texts)
+    assert sheet.width > 64
+    missing = bytes(ImageFont.load_default(14).getmask("\U0010ffff"))
+    for text in texts:
+        font, shown = caption_font(text)
+        assert all(bytes(font.getmask(character)) != missing for character in shown)
+
+
+def race(path, number):
+    for i in range(100):
+        write_atomically(path, bytes([number]) * (1000 + i))
+
+
+def test_racing_writes_never_break_a_file(tmp_path):
+    """600 of them from six processes: at any time the file is one of those written."""
+    path = tmp_path / "file"
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=race, args=(path, i)) for i in range(6)]
+    for process in processes:
+        process.start()
+    seen = 0
+    while any(process.is_alive() for process in processes):
+        if path.exists():
+            content = path.read_bytes()
+            assert len(set(content)) == 1
+            assert 1000 <= len(content) < 1100
+            seen += 1
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert seen
+    assert list(tmp_path.iterdir()) == [path]

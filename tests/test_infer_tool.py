@@ -1,14 +1,18 @@
 """Reading: all kinds of input alike, neighbours without influence, with and without PyTorch."""
 
 import json
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
+import time
 import venv
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from helpers import ROOT, SAMPLES, assert_clear_error, run_script
 from PIL import Image
 
@@ -210,3 +214,97 @@ def test_broken_and_foreign_networks_are_refused(tmp_path):
             RecInfer(path)
     with pytest.raises(ValueError, match="cannot be read"):
         RecInfer(tmp_path / "none.onnx")
+
+
+BOTH = [SHIPPED_WEIGHTS["simple"], SHIPPED_WEIGHTS["simple"].with_suffix(".onnx")]
+
+
+def read_in_process(reader, paths, results):
+    results.put([reading.text for reading in reader.predict(paths)])
+
+
+@pytest.mark.parametrize("weights", BOTH, ids=lambda path: path.suffix)
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_a_reader_works_in_other_processes(weights, method):
+    reader = RecInfer(weights)
+    reader.predict(SIMPLE[:4])
+    context = multiprocessing.get_context(method)
+    results = context.Queue()
+    process = context.Process(target=read_in_process, args=(reader, SIMPLE[:4], results))
+    process.start()
+    try:
+        assert results.get(timeout=60) == [path.stem for path in SIMPLE[:4]]
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize("weights", BOTH, ids=lambda path: path.suffix)
+def test_a_reader_is_shared_by_threads(weights):
+    reader = RecInfer(weights)
+    with Image.open(SIMPLE[0]) as lazy, ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(reader.predict, SIMPLE * 10))
+        assert [r.text for r in found] == [path.stem for path in SIMPLE * 10]
+        # Opened, not loaded yet, and given several times.
+        same = list(pool.map(lambda _: reader.predict([lazy, lazy, lazy]), range(8)))
+    assert {reading.text for readings in same for reading in readings} == {SIMPLE[0].stem}
+
+
+@pytest.mark.parametrize("weights", BOTH, ids=lambda path: path.suffix)
+def test_a_reading_does_not_wait_for_the_next_image(weights):
+    """A camera gives an image only after what it showed before was read."""
+    reader, answered = RecInfer(weights), []
+
+    def camera():
+        for i, path in enumerate(SIMPLE):
+            deadline = time.monotonic() + 10
+            while len(answered) < i and time.monotonic() < deadline:
+                time.sleep(0.001)
+            assert len(answered) == i
+            yield path
+
+    for path, reading in reader.stream(camera()):
+        assert reading.text == path.stem
+        answered.append(path)
+    assert answered == SIMPLE
+
+    def broken():
+        yield SIMPLE[0]
+        raise RuntimeError("the camera is gone")
+
+    with pytest.raises(RuntimeError, match="the camera is gone"):
+        list(reader.stream(broken()))
+    endless = (path for _ in range(10**9) for path in SIMPLE)
+    assert next(reader.stream(endless))[1].text == SIMPLE[0].stem
+
+
+def test_wide_images_are_read_in_small_batches():
+    """64 of them at once took gigabytes with thousands of classes."""
+    reader = RecInfer(SHIPPED_WEIGHTS["chinese"].with_suffix(".onnx"))
+    sizes, logits = [], reader.logits
+    reader.logits = lambda pixels: sizes.append(pixels.size // 3) or logits(pixels)
+    wide = np.full((32, 2048, 3), 255, np.uint8)
+    assert len(reader.predict([wide] * 9)) == 9
+    assert max(sizes) * 3756 // (32 * 4) <= 2**23
+    assert sum(sizes) == 9 * 32 * 2048
+
+
+def test_a_device_that_is_not_there():
+    with pytest.raises(ValueError, match="toaster"):
+        RecInfer(SHIPPED_WEIGHTS["simple"], device="toaster")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="finds no NVIDIA GPU"):
+            RecInfer(SHIPPED_WEIGHTS["simple"], device="cuda")
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "torch"])
+def test_a_broken_installation_is_shown_as_it_is(package, tmp_path):
+    (tmp_path / package).mkdir()
+    broken = 'raise ImportError("DLL load failed while importing it")'
+    (tmp_path / package / "__init__.py").write_text(broken, encoding="utf-8")
+    weights = BOTH[package == "onnxruntime"]
+    process = subprocess.run(
+        [sys.executable, ROOT / "demo.py", "--weights", weights], cwd=tmp_path, text=True,
+        capture_output=True, check=False, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert_clear_error(process, "ImportError: DLL load failed while importing it")
+    assert "pip install" not in process.stderr

@@ -2,7 +2,7 @@
 
 import pytest
 
-from keys import ALPHABETS, load_alphabet
+from keys import ALPHABETS, check_alphabet, load_alphabet, normalised, oddities, reordered
 
 
 def test_named_alphabets():
@@ -49,3 +49,44 @@ def test_unknown_names_and_other_encodings(tmp_path):
     (tmp_path / "latin1.txt").write_bytes("ä".encode("latin-1"))
     with pytest.raises(ValueError, match="UTF-8"):
         load_alphabet(str(tmp_path / "latin1.txt"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "kinds"),
+    [
+        ("plain 12", "plain 12", []),
+        ("e\u0301te\u0301", "été", ["decomposed characters"]),
+        ("\ufeffAB\u200b12\u200d", "AB12", ["zero-width characters"]),
+        ("ＡＢ１２", "AB12", ["full-width characters"]),  # noqa: RUF001
+        ('"AB ""12"""', 'AB "12"', ["quotes around them"]),
+        (" AB ", "AB", ["spaces at an edge"]),
+        ("क्\u200dष", "क्\u200dष", []),  # which the script needs
+    ],
+)
+def test_labels_that_look_equal_have_one_form(text, expected, kinds):
+    assert normalised(text) == expected
+    assert oddities(text) == kinds
+    assert oddities(expected) == []
+
+
+def test_no_alphabet_holds_a_control_character():
+    for character in "\t\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029\0":
+        with pytest.raises(ValueError, match=f"U\\+{ord(character):04X}"):
+            check_alphabet("ab" + character)
+
+
+@pytest.mark.parametrize(
+    ("text", "looks"),
+    [
+        ("שלום", "םולש"),
+        ("שלום 123", "123 םולש"),
+        ("abc", "abc"),
+        ("12-34", "12-34"),
+        ("אב12ג", "ג12בא"),
+    ],
+)
+def test_texts_from_right_to_left_are_turned_and_back(text, looks):
+    assert reordered(text)[0] == looks
+    turned, places = reordered(looks)
+    assert turned == text
+    assert [looks[place] for place in places] == list(text)

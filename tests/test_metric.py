@@ -3,9 +3,11 @@
 import pytest
 
 from metric import (
+    EpochResult,
     character_error_rate,
     confusions,
     edit_distance,
+    save_progress,
     wilson_interval,
     word_accuracy,
 )
@@ -38,3 +40,14 @@ def test_confusions_name_what_was_read_for_what():
 
 def test_confusions_of_texts_of_other_lengths():
     assert confusions(["abd", "ab"], ["abc", "abb"]) == {("c", "d"): 1, ("b", ""): 1}
+
+
+def test_a_table_that_is_open_elsewhere_is_a_warning(tmp_path, in_use, capsys):
+    results = [EpochResult(i, 2.0, 1.0, 0.5, 0.1, 0.01, 1.5) for i in (1, 2)]
+    table, curves = tmp_path / "a.csv", tmp_path / "a.png"
+    save_progress(table, curves, results[:1])
+    in_use(table)
+    save_progress(table, curves, results)
+    assert len(table.read_text(encoding="utf-8").splitlines()) == 2
+    assert "a.csv: cannot be written" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.unfinished"))

@@ -4,7 +4,17 @@ import pytest
 import torch
 from helpers import run_script
 
-from model import MicroNet, count_parameters, layer_table, load_checkpoint, supported_by
+from ctc_label_converter import CTCLabelConverter
+from image import Preprocess
+from model import (
+    MicroNet,
+    Recogniser,
+    count_parameters,
+    layer_table,
+    load_checkpoint,
+    save_checkpoint,
+    supported_by,
+)
 
 SIZES = {  # MB: input, activations, parameters, total
     16: ("0.05", "0.73", "0.04", "0.82"),
@@ -99,3 +109,17 @@ def test_which_torch_runs_on_which_card():
     assert not supported_by((12, 0), pascal_build)
     assert supported_by((12, 0), [*pascal_build, "compute_90"])
     assert not supported_by((8, 0), ["sm_86"])
+
+
+def test_a_checkpoint_whose_file_is_in_use_is_saved_beside_it(tmp_path, in_use, capsys):
+    recogniser = Recogniser(MicroNet(4, 1, 3), CTCLabelConverter("ab"), Preprocess())
+    path = tmp_path / "mine.pth"
+    assert save_checkpoint(path, recogniser) == path
+    before = path.read_bytes()
+    in_use(path)
+    other = save_checkpoint(path, recogniser)
+    assert other != path
+    assert load_checkpoint(other).converter.alphabet == "ab"
+    assert path.read_bytes() == before
+    assert str(other) in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == sorted([path, other])

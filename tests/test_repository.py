@@ -65,6 +65,6 @@ def test_help_shows_the_examples_and_explains_every_flag(script, tmp_path):
     for i in flags:  # the explanation stands behind two spaces, or on the next line
         assert re.search(r"\S  +\S", lines[i]) or lines[i + 1].startswith(" " * 20), lines[i]
     if not command:
-        examples = re.findall(rf"^    python {name}\.py.*$", ast.get_docstring(tree(name)), re.M)
+        examples = re.findall(rf"^    python {name}\.py.*$", tree(name).body[0].value.value, re.M)
         assert examples
         assert set(examples) <= set(lines)

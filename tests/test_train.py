@@ -414,3 +414,53 @@ def test_tensorboard_or_what_to_install(digits, tmp_path):
         assert list(tmp_path.glob("save_model/*.tensorboard/*"))
     else:
         assert_clear_error(process, "pip install tensorboard")
+
+
+def test_two_trainings_do_not_write_to_the_same_files(digits, tmp_path):
+    command = [sys.executable, "-u", ROOT / "train.py", "--data", digits, "--nh", "8", "--out", "o"]
+    first = subprocess.Popen(
+        [*map(str, command), "--epochs", "300"], cwd=tmp_path, env=ENVIRONMENT,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while b"training and 100 test images, " not in first.stdout.readline():
+        assert first.poll() is None
+    try:
+        flags = ["--data", digits, "--nh", 8, "--epochs", 1, "--train", 64]
+        second = run_script("train.py", *flags, "--out", "o", cwd=tmp_path)
+        assert_clear_error(second, f"process {first.pid}", "another --out")
+        assert run_script("train.py", *flags, cwd=tmp_path).returncode == 0
+    finally:
+        first.kill()
+        first.wait()
+    assert run_script("train.py", *flags, "--out", "o", cwd=tmp_path).returncode == 0
+    assert not list(tmp_path.glob("*/*.lock")) + list(tmp_path.glob("*/*.owner"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
+@pytest.mark.parametrize(
+    ("script", "flags", "moments"),
+    [
+        ("train.py", ["--nh", 8, "--epochs", 2], (0.2, 0.9, 1.6, 2.1, 2.6, 4.0, 5.0)),
+        ("infer_tool.py", ["export"], (0.1, 0.8, 2.0)),
+    ],
+)
+def test_ctrl_c_in_any_phase_leaves_no_traceback_and_nothing_half_written(
+    script, flags, moments, digits, trained, tmp_path
+):
+    """While importing, checking, training, calibrating, exporting."""
+    data = ["--data", digits] if script == "train.py" else ["--weights", tmp_path / "mine.pth"]
+    shutil.copy(trained[0] / "save_model" / f"{NAME}.pth", tmp_path / "mine.pth")
+    for moment in moments:
+        process = subprocess.Popen(
+            list(map(str, [sys.executable, ROOT / script, *flags, *data])), cwd=tmp_path,
+            env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            output = process.communicate(timeout=moment)[0]
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            output = process.communicate(timeout=60)[0]
+        assert b"Traceback" not in output, output.decode()
+        assert not list(tmp_path.rglob("*unfinished*"))
+        for path in tmp_path.rglob("*.pth"):
+            assert load(path)
