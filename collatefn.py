@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from tqdm.contrib.concurrent import thread_map
 
 from image import PATCH, ImageError, read_image
-from infer_tool import BATCH_SIZE
+from infer_tool import BATCH_SIZE, MAX_LOGITS
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 SORTED = 8  # batches' worth of images that are sorted by width at a time
@@ -257,8 +257,13 @@ def evaluation_loader(checked, converter, rank=0, world=1):
     """A DataLoader over this process's share of the test images, similar widths in a batch."""
     samples = checked.test
     widths = checked.widths(samples)
-    order = sorted(range(len(samples)), key=widths.__getitem__)[rank::world]
-    batches = [order[i : i + BATCH_SIZE] for i in range(0, len(order), BATCH_SIZE)]
+    batches = [[]]
+    for i in sorted(range(len(samples)), key=widths.__getitem__)[rank::world]:
+        # As a reader does, for the same reason; the last one is the widest.
+        logits = (len(batches[-1]) + 1) * widths[i] // PATCH * converter.nclass
+        if batches[-1] and (len(batches[-1]) == BATCH_SIZE or logits > MAX_LOGITS):
+            batches.append([])
+        batches[-1].append(i)
     return DataLoader(
         TextImageDataset(samples, checked.preprocess),
         batch_sampler=batches,

@@ -8,6 +8,7 @@ The CTC blank is not part of an alphabet: it is class 0 of the network, the
 characters follow in order, so ``nclass = len(alphabet) + 1``.
 """
 
+import codecs
 import importlib
 import os
 import re
@@ -37,6 +38,7 @@ ALPHABETS = {
 }
 
 
+NOT_UTF8 = "is not UTF-8, save the label file as UTF-8"
 SEPARATORS = "_-.#@~ "  # what may stand between a label and the rest of a file name
 # Seen by nobody; the joiners of Arabic and Indian scripts count only at an edge.
 ZERO_WIDTH = "\u00ad\u200b\u200e\u200f\u2060\ufeff"
@@ -206,6 +208,35 @@ def _are_counters(pairs):
     )
     # Many labels that all have the one counter 1 say as little as decimals would.
     return (dense and len(everything) > 1) or (each and len(groups) < len(pairs))
+
+
+def text_lines(path):
+    """The lines of a UTF-8 text file, whatever ends them.
+
+    Returns:
+        ([(line number, text)] of those that are not blank, numbers of those that are not UTF-8).
+
+    Raises ValueError where the file cannot be read or is UTF-16.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: the label file cannot be read ({error.strerror})") from None
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{path}:1: {NOT_UTF8}")
+    content = content.removeprefix(codecs.BOM_UTF8)
+    # Not splitlines, which takes more for line breaks: those are refused later.
+    end = b"\n" if b"\n" in content else b"\r"
+    lines, bad = [], []
+    for number, line in enumerate(content.split(end), 1):
+        try:
+            text = line.rstrip(b"\r").decode("utf-8")
+        except UnicodeDecodeError:
+            bad.append(number)
+            continue
+        if text.strip():
+            lines.append((number, text))
+    return lines, bad
 
 
 def command(main):

@@ -12,17 +12,17 @@ A label file is UTF-8. It has lines of image<TAB>text, image text, or image, "te
 table with or without a header, JSON (image to text, or a list of objects) or JSON lines.
 """
 
-import codecs
 import contextlib
 import csv
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from image import SUFFIXES, ImageFinder, find_images
-from keys import labels_of_names
+from keys import NOT_UTF8, labels_of_names, text_lines
 
 SPLITS = ("train", "test")
 # Names of label files and folders, the best first.
@@ -42,7 +42,6 @@ TEXT_COLUMNS = {
     "string", "target", "content", "annotation", "reading", "solution", "captcha",
 }  # fmt: skip
 WHICH = "{}: which label file is meant, {}? Name it: --data FILE"
-NOT_UTF8 = "is not UTF-8, save the label file as UTF-8"
 SNIFFED = 200  # lines that decide how a file is understood
 TABBED, SPACED = "image<TAB>text", "image text"
 
@@ -157,26 +156,9 @@ def _read(path, images, options):
 
 
 def _lines(path):
-    """[(line number, text)] of the lines that are not blank, and what is not UTF-8."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: the label file cannot be read ({error.strerror})") from None
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ValueError(f"{path}:1: {NOT_UTF8}")
-    content = content.removeprefix(codecs.BOM_UTF8)
-    # Not splitlines, which takes more for line breaks: those are refused later.
-    end = b"\n" if b"\n" in content else b"\r"
-    lines, problems = [], []
-    for number, line in enumerate(content.split(end), 1):
-        try:
-            text = line.rstrip(b"\r").decode("utf-8")
-        except UnicodeDecodeError:
-            problems.append(Problem(f"{path}:{number}", NOT_UTF8))
-            continue
-        if text.strip():
-            lines.append((number, text))
-    return lines, problems
+    """[(line number, text)] of the lines that are not blank, and a `Problem` for the others."""
+    lines, bad = text_lines(path)
+    return lines, [Problem(f"{path}:{number}", NOT_UTF8) for number in bad]
 
 
 def _read_json(path, texts, images, options):
@@ -432,13 +414,18 @@ def _from_file(file, options):
     return Found({"all": samples}, rows.problems, [f"labels are in {file} ({rows.form})"])
 
 
+def _named_files(folder, names=(*SPLIT_NAMES["train"], *SPLIT_NAMES["test"])):
+    """The files of a folder that are called so and may hold labels."""
+    paths = (folder / f"{name}{kind}" for name in names for kind in KINDS)
+    return {path for path in paths if path.is_file()}
+
+
 def _split_files(folder):
     """{split: the label file that is named after it}, the best name first."""
     found = {}
     for split, names in SPLIT_NAMES.items():
         for name in names:
-            files = [folder / f"{name}{kind}" for kind in KINDS]
-            files = [path for path in files if path.is_file()]
+            files = sorted(_named_files(folder, (name,)))
             if len(files) > 1:
                 raise ValueError(WHICH.format(folder, ", ".join(path.name for path in files)))
             if files:
@@ -510,10 +497,13 @@ def _find(data, options):
     if data.is_file():
         return _from_file(data, options)
     files = _split_files(data)
-    if list(files) == ["train"]:
-        return _from_file(files["train"], options)
     if files:
-        return _joined(files, options)
+        train_only = list(files) == ["train"]
+        found = _from_file(files["train"], options) if train_only else _joined(files, options)
+        others = sorted(_named_files(data) - set(files.values()))
+        if others:
+            found.notes.append(f"not read: {', '.join(path.name for path in others)}")
+        return found
     paths = find_images(data)
     if not paths:
         raise ValueError(
@@ -523,7 +513,12 @@ def _find(data, options):
     beside = _beside(paths)
     file = _label_file_in(data, beside, options)
     if file:
-        return _from_file(file, options)
+        found = _from_file(file, options)
+        named = {os.path.abspath(sample.path) for sample in found.samples["all"]}
+        unnamed = sum(os.path.abspath(path) not in named for path in paths)
+        if unnamed:
+            found.notes.append(f"{unnamed} images of the folder are not named in it")
+        return found
     folders = _split_folders(data)
     if any(_split_files(own) or _label_file_in(own, beside, options) for own in folders.values()):
         return _joined(folders, options)

@@ -103,6 +103,15 @@ def test_which_files_are_the_test_set(tmp_path, test):
     assert [s.label for s in samples["test"]] == ["t4", "t5"]
 
 
+def test_what_is_passed_over_is_said(tmp_path):
+    folder = folder_of(tmp_path / "set", [f"{i}.png" for i in range(4)])
+    (folder / "labels.csv").write_text("0.png,a\n1.png,b\n2.png,c\n", encoding="utf-8")
+    assert find_samples(folder).notes[1:] == ["1 images of the folder are not named in it"]
+    for name in ("train", "test", "val"):
+        (folder / f"{name}.csv").write_text("0.png,a\n", encoding="utf-8")
+    assert find_samples(folder).notes[1:] == ["not read: val.csv"]
+
+
 def test_folders_with_their_own_label_files(tmp_path):
     for split, count in (("train", 3), ("validation", 2)):
         folder = folder_of(tmp_path / "set" / split, [f"{i}.png" for i in range(count)])

@@ -49,6 +49,8 @@ def test_bad_input(digits, trained, tmp_path):
         ([*data, "--ema", "1"], ["--ema"]),
         ([*data, "--val-fraction", "1"], ["--val-fraction"]),
         ([*data, "--stop-at", "90"], ["--stop-at"]),
+        ([*data, "--label-regex", "(a"], ["--label-regex"]),
+        ([*data, "--label-regex", "abc"], ["--label-regex", "group"]),
     ]
     processes = run_each("train.py", [arguments for arguments, _ in cases], cwd=tmp_path)
     for process, (_, fragments) in zip(processes, cases, strict=True):
@@ -116,3 +118,12 @@ def test_bad_data_is_reported_once(tmp_path):
     assert process.returncode != 0
     assert output.count("no such folder or label file") == 1, output
     assert "train.py" not in re.findall(r"File .*(train.py).*", output)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows finds its compiler elsewhere")
+def test_without_a_compiler_nothing_is_compiled(digits, tmp_path):
+    process = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--data", digits, "--compile"], cwd=tmp_path,
+        env=ENVIRONMENT | {"PATH": str(tmp_path)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert_clear_error(process, "--compile", "C++ compiler")
