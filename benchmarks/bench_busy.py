@@ -41,7 +41,9 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3, help="of each setting (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="of all settings (default: %(default)s)"
+    )
     parser.add_argument(
         "--epochs", type=int, default=4, help="of each training (default: %(default)s)"
     )
