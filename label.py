@@ -281,9 +281,11 @@ def _read_lines(path, lines, images, options):
     hits[" "] = _hits(_split_at_spaces(first, images), images, 0)
     best = max(hits.values())
     if best == 0 and "\t" not in delimiters:
+        named = images.find(lines[0][1].strip())
+        why = "it has no text behind the image" if named else "no image of this name is there"
         raise ValueError(
-            f"{path}:{lines[0][0]}: is not understood, no image of this name is there: "
-            f"{lines[0][1][:60]!r}; write image<TAB>text"
+            f"{path}:{lines[0][0]}: is not understood, {why}: {lines[0][1][:60]!r}; write "
+            "image<TAB>text"
         )
     # Where no image is there at all, it is the images that are missing.
     delimiter = next(d for d, count in hits.items() if count == best)
@@ -444,7 +446,7 @@ def _split_folders(folder):
 def _label_file_in(folder, beside, options):
     """The one file of a folder that names images, None where there is none.
 
-    Raises ValueError where there are several, or where one names images and is not understood.
+    Raises ValueError where there are several, or only one that is not understood.
     """
     texts = set(beside.values())
     candidates = [
@@ -452,19 +454,21 @@ def _label_file_in(folder, beside, options):
         for path in sorted(folder.iterdir())
         if path.suffix.lower() in KINDS and path.is_file() and path not in texts
     ]
-    files, images = [], ImageFinder(folder)
+    files, refused, images = [], None, ImageFinder(folder)
     for path in candidates:
         try:
             rows = _read(path, images, options)
         except ValueError as error:
             if images.named_in(path):
-                raise ValueError(f"{error}; if it holds no labels, move it away") from None
+                refused = refused or error
             continue
         named = any(images.find(image) for _, image, _ in rows.entries[:SNIFFED])
         if named or (rows.problems and images.named_in(path)):
             files.append(path)
     if len(files) > 1:
         raise ValueError(WHICH.format(folder, ", ".join(path.name for path in files)))
+    if refused and not files:
+        raise ValueError(f"{refused}; if it holds no labels, move it away")
     return files[0] if files else None
 
 

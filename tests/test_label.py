@@ -106,6 +106,7 @@ def test_which_files_are_the_test_set(tmp_path, test):
 def test_what_is_passed_over_is_said(tmp_path):
     folder = folder_of(tmp_path / "set", [f"{i}.png" for i in range(4)])
     (folder / "labels.csv").write_text("0.png,a\n1.png,b\n2.png,c\n", encoding="utf-8")
+    (folder / "README.txt").write_text("Scans such as 0.png and its label", encoding="utf-8")
     assert find_samples(folder).notes[1:] == ["1 images of the folder are not named in it"]
     for name in ("train", "test", "val"):
         (folder / f"{name}.csv").write_text("0.png,a\n", encoding="utf-8")
@@ -129,6 +130,7 @@ def test_what_could_be_meant_in_two_ways_is_asked(tmp_path):
         ("a.csv", "0.png,x,7\n1.png,y,8\n", ["3 columns", "--image-column 1 --text-column 2"]),
         ("a.txt", "0.png\tx\t7\n1.png\ty\t8\n", ["3 columns", "--text-column"]),
         ("a.txt", "0.png|x\n1.png|y\n", ["a.txt:1", "not understood"]),
+        ("a.txt", "0.png\n1.png\n", ["a.txt:1", "no text behind the image"]),
         ("a.json", '[{"file": "0.png", "text": "x"', ["a.json", "no JSON"]),
     ]:
         (folder / name).write_text(content, encoding="utf-8")
