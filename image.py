@@ -459,16 +459,6 @@ def write_atomically(path, content):
         scratch.unlink(missing_ok=True)
 
 
-def keep_previous(paths):
-    """Rename files of an earlier run: name.pth -> name.1.pth, with the first free number."""
-    number = 1
-    while any(path.with_suffix(f".{number}{path.suffix}").exists() for path in paths):
-        number += 1
-    for path in paths:
-        if path.exists():
-            path.rename(path.with_suffix(f".{number}{path.suffix}"))
-
-
 def save_picture(path, image):
     """Write a `PIL.Image` as PNG, by `write_atomically`."""
     buffer = io.BytesIO()
@@ -519,6 +509,15 @@ def caption_font(text):
     return ImageFont.load_default(14), ascii(text)[1:-1]
 
 
+def _shortened(text, font):
+    """A caption that is not much wider than the widest image."""
+    if font.getlength(text) <= SHEET_IMAGE[0]:
+        return text
+    while font.getlength(f"{text}...") > SHEET_IMAGE[0]:
+        text = text[:-1]
+    return f"{text}..."
+
+
 def contact_sheet(images, captions, columns=8, colours=None):
     """Draw `PIL.Image`s in a grid, each with its caption below. Returns an RGB image.
 
@@ -529,6 +528,7 @@ def contact_sheet(images, captions, columns=8, colours=None):
     for image in images:
         image.thumbnail(SHEET_IMAGE)
     fonts, captions = zip(*map(caption_font, captions), strict=True)
+    captions = [_shortened(text, font) for text, font in zip(captions, fonts, strict=True)]
     widths = [image.width for image in images] + [
         font.getlength(text) for font, text in zip(fonts, captions, strict=True)
     ]
@@ -542,6 +542,6 @@ def contact_sheet(images, captions, columns=8, colours=None):
     for i, (image, caption, font, colour) in enumerate(cells):
         x, y = i % columns * cell_width + 4, i // columns * cell_height + 4
         sheet.paste(image, (x, y))
-        middle = x + image.width / 2, y + image.height + 9
+        middle = x + max(image.width, font.getlength(caption)) / 2, y + image.height + 9
         draw.text(middle, caption, font=font, fill=colour, anchor="mm")
     return sheet

@@ -256,6 +256,16 @@ def claim(path):
     atexit.register(release)
 
 
+def keep_previous(paths):
+    """Rename files of an earlier run: name.pth -> name.1.pth, with the first free number."""
+    number = 1
+    while any(path.with_suffix(f".{number}{path.suffix}").exists() for path in paths):
+        number += 1
+    for path in paths:
+        if path.exists():
+            path.rename(path.with_suffix(f".{number}{path.suffix}"))
+
+
 def load_state(path, settings):
     """Load what `save_tensors` wrote of a training with the same ``settings``.
 

@@ -44,7 +44,7 @@ import settings
 from collatefn import AUGMENTATIONS, TrainingLoader, evaluation_loader, training_loader
 from ctc_label_converter import fit_temperature
 from dataset import DataOptions, data_sheet
-from image import check_writable, keep_previous, save_picture
+from image import check_writable, save_picture
 from infer_tool import latest_weights, written_weights
 from keys import command
 from loss import CTCLoss, batch_logits
@@ -342,7 +342,7 @@ def save_epoch(run):
     """Write what the last epoch came to."""
     rows, files = run.progress.rows, run.files
     if len(rows) == 1:
-        keep_previous(files)
+        network.keep_previous(files)
     if metric.best_epoch(rows) is rows[-1]:
         checkpoint = network.save_checkpoint(files.checkpoint, run.averaged())
         run.files = files._replace(checkpoint=checkpoint)
