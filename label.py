@@ -408,7 +408,11 @@ def _from_texts(paths, beside):
 def _from_file(file, options):
     """The `Found` of one label file."""
     images = ImageFinder(file.parent)
-    rows = _read(file, images, options)
+    return _from_rows(file, _read(file, images, options), images)
+
+
+def _from_rows(file, rows, images):
+    """The `Found` of a label file that was read."""
     samples = [
         Sample(f"{file}:{number}", images.find(image) or file.parent / image, label)
         for number, image, label in rows.entries
@@ -444,18 +448,16 @@ def _split_folders(folder):
 
 
 def _label_file_in(folder, beside, options):
-    """The one file of a folder that names images, None where there is none.
+    """The `Found` of the one file of a folder that names images, None where there is none.
 
     Raises ValueError where there are several, or only one that is not understood.
     """
     texts = set(beside.values())
-    candidates = [
-        path
-        for path in sorted(folder.iterdir())
-        if path.suffix.lower() in KINDS and path.is_file() and path not in texts
-    ]
-    files, refused, images = [], None, ImageFinder(folder)
+    candidates = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in KINDS]
+    found, refused, images = {}, None, ImageFinder(folder)
     for path in candidates:
+        if path in texts or not path.is_file():
+            continue
         try:
             rows = _read(path, images, options)
         except ValueError as error:
@@ -464,12 +466,12 @@ def _label_file_in(folder, beside, options):
             continue
         named = any(images.find(image) for _, image, _ in rows.entries[:SNIFFED])
         if named or (rows.problems and images.named_in(path)):
-            files.append(path)
-    if len(files) > 1:
-        raise ValueError(WHICH.format(folder, ", ".join(path.name for path in files)))
-    if refused and not files:
+            found[path] = _from_rows(path, rows, images)
+    if len(found) > 1:
+        raise ValueError(WHICH.format(folder, ", ".join(path.name for path in found)))
+    if refused and not found:
         raise ValueError(f"{refused}; if it holds no labels, move it away")
-    return files[0] if files else None
+    return next(iter(found.values()), None)
 
 
 def find_samples(data, options=FOUND):
@@ -515,9 +517,8 @@ def _find(data, options):
             "with lines of image<TAB>label) nor images whose names are their labels"
         )
     beside = _beside(paths)
-    file = _label_file_in(data, beside, options)
-    if file:
-        found = _from_file(file, options)
+    found = _label_file_in(data, beside, options)
+    if found:
         named = {os.path.abspath(sample.path) for sample in found.samples["all"]}
         unnamed = sum(os.path.abspath(path) not in named for path in paths)
         if unnamed:
