@@ -516,6 +516,8 @@ def start_processes(name):
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     def stop(*_):
+        if sys.exc_info()[1]:  # it has noticed by itself, and is on its way to lost_process
+            lost_process("told to stop")
         raise ConnectionError("told to stop")
 
     signal.signal(signal.SIGTERM, stop)  # torchrun ends all where one has ended
