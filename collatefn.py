@@ -253,9 +253,8 @@ def training_loader(checked, converter, device, *, order, batch_size, memory=Non
     )
 
 
-def evaluation_loader(checked, converter, rank=0, world=1):
-    """A DataLoader over this process's share of the test images, similar widths in a batch."""
-    samples = checked.test
+def evaluation_loader(checked, samples, converter, rank=0, world=1):
+    """A DataLoader over this process's share of some samples, similar widths in a batch."""
     widths = checked.widths(samples)
     batches = [[]]
     for i in sorted(range(len(samples)), key=widths.__getitem__)[rank::world]:

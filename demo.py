@@ -85,7 +85,8 @@ def parse_args():
     parser.add_argument(
         "--task",
         choices=SHIPPED_WEIGHTS,
-        help="read with this task's weights (default: those of the last training, else simple)",
+        help="read with this task's weights (default: those of the last training, else general, "
+        "for the samples simple)",
     )
     parser.add_argument(
         "--weights",
@@ -109,6 +110,9 @@ def parse_args():
         type=Path,
         metavar="FILE",
         help="label file to compare with: prints the accuracy, marks mistakes in the sheet",
+    )
+    parser.add_argument(
+        "--ignore-case", action="store_true", help="compare with --labels without case"
     )
     parser.add_argument(
         "--min-confidence",
@@ -205,11 +209,16 @@ def as_row(path, result, args):
     return "\t".join(fields)
 
 
-def save_sheet(path, shown):
+def same(label, text, ignore_case):
+    """Whether a text is what the label says."""
+    return label == text or (ignore_case and label is not None and label.lower() == text.lower())
+
+
+def save_sheet(path, shown, ignore_case):
     """Save a contact sheet of [(image's path, `Reading`, its label or None)]."""
     captions = [f"{reading.text}  {reading.confidence:.2f}" for _, reading, _ in shown]
     colours = [
-        "black" if label is None else "green" if label == reading.text else "red"
+        "black" if label is None else "green" if same(label, reading.text, ignore_case) else "red"
         for _, reading, label in shown
     ]
     images = [read_image(image) for image, _, _ in shown]
@@ -221,7 +230,8 @@ def save_sheet(path, shown):
 
 def main():
     args = parse_args()
-    weights = args.weights or latest_weights(args.task)
+    wanted = args.images or args.labels
+    weights = args.weights or latest_weights(args.task, "general" if wanted else "simple")
     reader = RecInfer(weights)
     print(f"weights: {weights}", file=sys.stderr)
     labels = read_labels(args.labels) if args.labels else {}
@@ -241,11 +251,11 @@ def main():
         print(line, flush=True)  # to a program that waits for it before it asks again
         label = labels.get(path.resolve()) if labels else None
         compared += label is not None
-        right += label == result.text
+        right += same(label, result.text, args.ignore_case)
         if args.save and len(shown) < SHEET:
             shown.append((path, result, label))
     if shown:
-        save_sheet(args.save, shown)
+        save_sheet(args.save, shown, args.ignore_case)
     if args.labels:
         print(f"word accuracy: {right} of {compared} right", file=sys.stderr)
     return 1 if failed else 0

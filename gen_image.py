@@ -3,6 +3,7 @@
     python gen_image.py                         # 5,000 + 500 images into data/simple
     python gen_image.py --task complex          # noise, curves and warp
     python gen_image.py --task chinese          # the 3,755 characters of GB 2312 level 1
+    python gen_image.py --task general          # all fonts of the machine, the look of the world
     python gen_image.py --length 3-8 --alphabet digits --out data/digits
     python gen_image.py --font A.ttf --font B.ttf --seed 7 --force
     python gen_image.py --often 0o --out data/often     # drawn more often than others
@@ -30,6 +31,7 @@ import random
 import shutil
 import tempfile
 import threading
+import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -38,13 +40,15 @@ from pathlib import Path
 
 import captcha.image
 from captcha.image import DEFAULT_FONTS, ImageCaptcha
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from ctc_label_converter import length_range
-from image import contact_sheet, find_chinese_font, lacking
+from fonts import FONT_FOLDERS, check_glyphs, find_chinese_font, font_files, load_font, look_at_font
+from image import contact_sheet
 from keys import command, load_alphabet
 from label import SPLITS
+from line_image import LineImage
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Task:
         width, height: pixels of a character, and of the image.
         train, test: number of images.
         often: characters that are drawn more often, see --often.
+        length: characters of an image, one number or a range.
     """
 
     alphabet: str
@@ -64,14 +69,15 @@ class Task:
     train: int
     test: int
     often: str = ""
+    length: str = "4"
 
 
 TASKS = {
     "simple": Task("alnum59", 32, 32, train=5000, test=500),
     "complex": Task("digits_upper", 40, 60, train=240000, test=2000, often="O0"),
     "chinese": Task("gb2312_level1", 32, 32, train=60000, test=2000),
+    "general": Task("ascii", 20, 40, train=300000, test=2000, length="1-12"),
 }
-LENGTH = "4"
 OFTEN = 8  # times as often as others are the characters of --often drawn
 CHUNK = 100  # images that a worker draws at a time
 PREVIEW = 48  # images on the contact sheet
@@ -174,30 +180,60 @@ def make_captcha(args, rng):
     return PlainCaptcha(args.width, args.height, args.font, args.alphabet, length, rng, rotation)
 
 
-def load_font(path, size):
-    """Return the font at ``path`` in ``size`` pixels. Raises ValueError if there is none."""
-    try:
-        # The basic layout is the same on every machine, Raqm may be missing.
-        return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
-    except OSError as error:
-        raise ValueError(
-            f"--font {path}: cannot be used as a TrueType or OpenType font ({error})"
-        ) from None
+def find_families(folder, workers):
+    """The fonts for the general task, none of whose families is in both splits.
 
+    Args:
+        folder: that has them, None for those of the machine.
+        workers: processes that look at them.
 
-def check_glyphs(path, alphabet):
-    """Raise ValueError if the font at ``path`` lacks a glyph for a character of ``alphabet``."""
-    missing = lacking(load_font(path, 32), alphabet)
-    if missing:
-        shown = " ".join(missing[:20]) + (" ..." if len(missing) > 20 else "")
+    Returns:
+        {split: {family: [`Font`]}}, a tenth of the families in "test".
+
+    Raises ValueError where fewer than two families can be used.
+    """
+    paths = font_files([folder] if folder else FONT_FOLDERS)
+    with ProcessPoolExecutor(min(workers, 61), initializer=follow_parent) as pool:
+        looks = pool.map(look_at_font, paths, chunksize=16)
+        looks = list(tqdm(looks, "looking at fonts", len(paths), leave=False, unit="font"))
+    groups, families = {}, {split: {} for split in SPLITS}
+    for font in filter(None, looks):  # the variants of a family begin with the same word
+        groups.setdefault(font.family.split()[0], []).append(font)
+    if len(groups) < 2:
         raise ValueError(
-            f"--font {path}: has no glyph for {len(missing)} of {len(alphabet)} characters "
-            f"({shown}); choose another font or another --alphabet"
+            f"{folder or 'this machine'}: has {len(groups)} families of fonts that texts can be "
+            "drawn with, the general task needs two at least: install the list in "
+            "assets/fonts.txt (README.md says how), or name a folder of fonts with --fonts"
         )
+    shuffled = sorted(groups, key=lambda name: (zlib.crc32(name.encode("utf-8")), name))
+    for i, name in enumerate(shuffled):
+        split = families["train" if i >= max(1, len(groups) // 10) else "test"]
+        for font in groups[name]:
+            split.setdefault(font.family, []).append(font)
+    used = sum(map(bool, looks))
+    print(
+        f"{used} of {len(paths)} font files can be used, {len(families['train'])} families for "
+        f"training and {len(families['test'])} for the test"
+    )
+    return families
+
+
+def draw_lines(folder, split, indices, args):
+    """Draw images of the general task. Arguments and result as of `draw_images`."""
+    rng, labels = random.Random(), []
+    drawer = LineImage(args.families[split], args.alphabet, *args.length, rng)
+    for index in indices:
+        rng.seed(f"{args.seed}/{split}/{index}")
+        image, label = drawer.draw()
+        image.save(folder / split / f"{index:05d}.png", compress_level=1)
+        labels.append(label)
+    return labels
 
 
 def draw_images(folder, split, indices, args):
     """Draw the images ``indices`` of ``split`` into ``folder``. Returns their labels."""
+    if args.task == "general":
+        return draw_lines(folder, split, indices, args)
     low, high = args.length
     rng = random.Random()
     drawer = make_captcha(args, rng)
@@ -333,9 +369,8 @@ def parse_args(argv=None):
     parser.add_argument(
         "--length",
         type=length_range,
-        default=length_range(LENGTH),
         metavar="N or N-M",
-        help=f"characters per image, fixed or a range (default: {LENGTH})",
+        help=f"characters per image, fixed or a range (default: {defaults('length')})",
     )
     parser.add_argument(
         "--alphabet",
@@ -353,6 +388,12 @@ def parse_args(argv=None):
         metavar="FILE",
         help="a font to draw with, may be repeated (default: the captcha package's, for chinese "
         "a system font)",
+    )
+    parser.add_argument(
+        "--fonts",
+        type=Path,
+        metavar="FOLDER",
+        help="of the fonts for general, searched in depth (default: those of the machine)",
     )
     parser.add_argument(
         "--width",
@@ -376,6 +417,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     task = TASKS[args.task]
     args.out = args.out or Path("data") / args.task
+    args.length = args.length or length_range(task.length)
     args.train, args.test = args.train or task.train, args.test or task.test
     if args.often is None:
         args.often = "" if args.alphabet else task.often
@@ -385,6 +427,9 @@ def parse_args(argv=None):
         raise ValueError(f"--often: {' '.join(sorted(unknown))} not in the alphabet")
     args.height = args.height or task.height
     args.width = args.width or args.length[1] * task.width * args.height // task.height
+    if args.task == "general":
+        args.families = find_families(args.fonts, args.workers)
+        return args
     if not args.font:
         args.font = [find_chinese_font()] if args.task == "chinese" else DEFAULT_FONTS
         if None in args.font:

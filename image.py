@@ -16,7 +16,6 @@ import uuid
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -25,11 +24,12 @@ import numpy as np
 from PIL import (
     Image,
     ImageDraw,
-    ImageFont,
     ImageOps,
     PngImagePlugin,
     UnidentifiedImageError,
 )  # fmt: skip
+
+from fonts import caption_font
 
 PATCH = 4  # pixels: the network sees patches of 4x4, and each column of them is one step of CTC
 MAX_PIXELS = 2**23  # of an image file, 8.4 million: checked before it is decoded
@@ -40,10 +40,6 @@ SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm",
     ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
-FONT_FOLDERS = (
-    "/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts",
-    "/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts", r"C:\Windows\Fonts",
-)  # fmt: skip
 # What training and the check write: pictures that are no data.
 NO_FOLDERS, OUR_PICTURES = ("save_model", "__MACOSX"), (".data.png", ".mistakes.png")
 MORE = "more pages"
@@ -51,25 +47,6 @@ PAUSES = (0.05, 0.2, 0.8)  # seconds, while another program may hold a file
 SHEET_IMAGE = (320, 96)  # pixels of an image on a contact sheet, at most
 LOOKED_AT = 2**20  # pixels, at most, in which text is looked for
 INK = 30  # of 255: what differs less from an image's edges is background
-# Where systems keep a font with Chinese characters, best known first.
-CHINESE_FONTS = (
-    "/usr/share/fonts/truetype/wqy/wqy-microhei.ttc",
-    "/usr/share/fonts/wqy-microhei/wqy-microhei.ttc",
-    "/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc",
-    "/usr/share/fonts/noto-cjk/NotoSansCJK-Regular.ttc",
-    "/usr/share/fonts/google-noto-sans-cjk-fonts/NotoSansCJK-Regular.ttc",
-    "/usr/share/fonts/truetype/wqy/wqy-zenhei.ttc",
-    "/usr/share/fonts/truetype/droid/DroidSansFallbackFull.ttf",
-    "/System/Library/Fonts/PingFang.ttc",
-    "/System/Library/Fonts/Hiragino Sans GB.ttc",
-    "/System/Library/Fonts/STHeiti Light.ttc",
-    "/Library/Fonts/Arial Unicode.ttf",
-    *(
-        os.path.join(os.environ.get("WINDIR", r"C:\Windows"), "Fonts", name)
-        for name in ("msyh.ttc", "simhei.ttf", "simsun.ttc", "Deng.ttf")
-    ),
-)
-
 # Good files carry more than a megabyte of text or of a colour profile.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**24
 _LOADING = threading.Lock()
@@ -88,13 +65,14 @@ class Preprocess:
     Attributes:
         height: pixels, every image is resized to it.
         width: pixels, a multiple of 4, or None to keep the aspect ratio.
-        trim: cut the image to its `text_box` before.
+        trim: cut the image to its `text_box` before. None: leave it as it is, but read it
+            both ways where the text is less than half of it, see `views`.
         mean, std: the network gets (pixel - mean) / std, a pixel is 0 to 255.
     """
 
     height: int = 32
     width: int | None = None
-    trim: bool = False
+    trim: bool | None = False
     mean: float = 127.5
     std: float = 127.5
 
@@ -109,6 +87,19 @@ class Preprocess:
         if image.size != (width, self.height):
             image = image.resize((width, self.height), Image.Resampling.BILINEAR)
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+    def views(self, image):
+        """What there is to read of an RGB image: its pixels, and maybe those of its text alone.
+
+        The reading of the higher confidence counts. Finding text in scans and displays with
+        blots, it may be cut wrongly; alone in a wide picture it is too small uncut.
+        """
+        found = [self(image)]
+        if self.trim is None:
+            left, top, right, bottom = box = text_box(image)
+            if (right - left) * (bottom - top) < image.width * image.height / 2:
+                found.append(self(image.crop(box)))
+        return found
 
     def width_of(self, width, height):
         """The W that an image of ``width`` x ``height`` pixels, cut if at all, is resized to.
@@ -464,49 +455,6 @@ def save_picture(path, image):
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     write_atomically(path, buffer.getvalue())
-
-
-def find_chinese_font():
-    """Path of the first of CHINESE_FONTS that this machine has. None: it has none."""
-    return next((path for path in CHINESE_FONTS if os.path.exists(path)), None)
-
-
-def lacking(font, characters):
-    """Those of some characters for which an `ImageFont` has no glyph."""
-
-    def drawn(character):
-        mask = font.getmask(character)
-        return mask.size, bytes(mask)
-
-    # What a font draws for a code point that Unicode will never assign: its
-    # "not defined" box, or nothing.
-    missing_glyph = drawn("\U0010ffff")
-    return [c for c in characters if not c.isspace() and drawn(c) == missing_glyph]
-
-
-@cache
-def system_fonts():
-    """Paths of the fonts of this machine, those with most scripts first."""
-    folders = [Path(folder).expanduser() for folder in FONT_FOLDERS]
-    found = [path for folder in folders for path in sorted(folder.rglob("*.[to]t[fc]"))]
-    return [*filter(os.path.exists, CHINESE_FONTS), *map(str, found)]
-
-
-@cache
-def caption_font(text):
-    """(font, text) to show a caption with: escapes stand for what no font here can show."""
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    font = ImageFont.load_default(14)
-    if text.isascii() or not lacking(font, text):
-        return font, text
-    for path in system_fonts():
-        try:
-            font = ImageFont.truetype(path, 15)
-            if not lacking(font, text):
-                return font, text
-        except (OSError, ValueError):  # a broken one
-            continue
-    return ImageFont.load_default(14), ascii(text)[1:-1]
 
 
 def _shortened(text, font):

@@ -64,20 +64,21 @@ def written_weights(task=None):
     return next((path for path in named if _load_checkpoint(path).task == task), None)
 
 
-def latest_weights(task=None):
+def latest_weights(task=None, otherwise="general"):
     """The checkpoint that train.py last wrote to save_model/, else the shipped weights.
 
     Where it takes shipped ones, it says so on stderr: a training may have been meant.
 
     Args:
-        task: only this task's. None: the last of any, else the simple task's.
+        task: only this task's. None: the last of any.
+        otherwise: the task of the shipped weights where none was asked for.
     """
     written = written_weights(task)
     if written:
         return written
     kind = f"weights of the task {task}" if task else "weights of a training"
     print(f"no {kind} in {SAVE_FOLDER.absolute()}, taking those that ship", file=sys.stderr)
-    return SHIPPED_WEIGHTS[task or "simple"]
+    return SHIPPED_WEIGHTS[task or otherwise]
 
 
 def _load_checkpoint(path):
@@ -349,32 +350,38 @@ class RecInfer:
                 # Pillow decodes outside the interpreter's lock, so threads help.
                 with ThreadPoolExecutor(os.cpu_count()) as pool:
                     results = list(pool.map(self._pixels, batch, names))
-            # An image's neighbours must not change its reading: only images of one
-            # width share a batch, so none is padded.
-            by_width = {}
-            for i, pixels in enumerate(results):
-                if not isinstance(pixels, ValueError):
-                    by_width.setdefault(pixels.shape[2], []).append(i)
-            for width, group in by_width.items():
-                # The logits of thousands of classes in wide images take gigabytes.
-                size = max(1, MAX_LOGITS * PATCH // (width * self.converter.nclass))
-                for part in (group[i : i + size] for i in range(0, len(group), size)):
-                    self._read(results, part, search)
+            readable = [i for i, views in enumerate(results) if not isinstance(views, ValueError)]
+            readings = iter(self._read([view for i in readable for view in results[i]], search))
+            for i in readable:
+                views = [next(readings) for _ in results[i]]
+                results[i] = max(
+                    views, key=lambda reading: (reading.text != "", reading.confidence)
+                )
             yield from zip(batch, results, strict=True)
             first += len(batch)
 
-    def _read(self, results, indices, search):
-        """Replace the pixels of some ``results``, all of one width, by their `Reading`s."""
-        logits = self.logits(np.stack([results[i] for i in indices]))
-        if search is None:
-            readings = self.converter.decode(logits)
-        else:
-            readings = self.converter.search(logits, search)
-        for i, reading in zip(indices, readings, strict=True):
-            results[i] = reading
+    def _read(self, views, search):
+        """The `Reading` of each of some (3, height, W) uint8 arrays."""
+        # An image's neighbours must not change its reading: only images of one width
+        # share a batch, so none is padded.
+        readings, by_width = [None] * len(views), {}
+        for i, pixels in enumerate(views):
+            by_width.setdefault(pixels.shape[2], []).append(i)
+        for width, group in by_width.items():
+            # The logits of thousands of classes in wide images take gigabytes.
+            size = max(1, MAX_LOGITS * PATCH // (width * self.converter.nclass))
+            for part in (group[i : i + size] for i in range(0, len(group), size)):
+                logits = self.logits(np.stack([views[i] for i in part]))
+                if search is None:
+                    found = self.converter.decode(logits)
+                else:
+                    found = self.converter.search(logits, search)
+                for i, reading in zip(part, found, strict=True):
+                    readings[i] = reading
+        return readings
 
     def _pixels(self, source, name):
-        """Any source -> (3, height, W) uint8, or the ValueError that says why not."""
+        """The `Preprocess.views` of any source, or the ValueError that says why not."""
         try:
             if isinstance(source, np.ndarray):
                 if source.ndim != 3 or source.shape[2] != 3 or source.dtype != np.uint8:
@@ -383,7 +390,7 @@ class RecInfer:
                         "(H, W, 3) and uint8 are needed"
                     )
                 source = Image.fromarray(source)
-            return self.preprocess(read_image(source))
+            return self.preprocess.views(read_image(source))
         except ImageError as error:
             return ValueError(f"{name}: {error}")
 

@@ -8,6 +8,7 @@ The CTC blank is not part of an alphabet: it is class 0 of the network, the
 characters follow in order, so ``nclass = len(alphabet) + 1``.
 """
 
+import _thread
 import codecs
 import importlib
 import os
@@ -15,6 +16,7 @@ import re
 import signal
 import string
 import sys
+import threading
 import unicodedata
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -34,6 +36,7 @@ ALPHABETS = {
     # Without I, O and l, which look like other characters. nclass = 60.
     "alnum59": "".join(c for c in string.digits + string.ascii_letters if c not in "IOl"),
     "alnum62": string.digits + string.ascii_letters,
+    "ascii": "".join(map(chr, range(32, 127))),
     "gb2312_level1": LEVEL_1.decode("gb2312"),
 }
 
@@ -239,6 +242,14 @@ def text_lines(path):
     return lines, bad
 
 
+def _interrupt_again(unraisable):
+    """Repeat a Ctrl-C that came where Python only prints and forgets it, as in a callback."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        threading.Timer(0.05, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
 def command(main):
     """Run a script's ``main``, and end with its exit status.
 
@@ -246,6 +257,7 @@ def command(main):
     one line on stderr, without a traceback; so is Ctrl-C.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.unraisablehook = _interrupt_again
     name = Path(sys.argv[0]).name
     for stream in ("stdin", "stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed
@@ -264,6 +276,10 @@ def command(main):
     except (ValueError, OSError) as error:
         status = f"{name}: error: {error}"
     except KeyboardInterrupt:
+        status = f"{name}: interrupted"
+    except RuntimeError as error:  # Python before 3.12 makes one of what stops a class statement
+        if not isinstance(error.__cause__, KeyboardInterrupt):
+            raise
         status = f"{name}: interrupted"
     sys.exit(status)
 

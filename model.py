@@ -293,7 +293,8 @@ def load_state(path, settings):
 def with_alphabet(recogniser, alphabet):
     """The network of a `Recogniser` for another alphabet.
 
-    All is kept but the last layer's rows of characters that it does not know.
+    All is kept but the last layer's rows of characters that it does not know. Those begin as
+    the mean of the others: no column is taken for them yet, and none is out of their reach.
 
     Returns:
         (MicroNet, number of characters that are known).
@@ -306,6 +307,7 @@ def with_alphabet(recogniser, alphabet):
     state = old.state_dict()
     for name in ("linear.weight", "linear.bias"):
         own = model.state_dict()[name].clone()
+        own[:] = state[name][1:].mean(0)
         own[kept] = state[name][rows]
         state[name] = own
     model.load_state_dict(state)

@@ -6,11 +6,12 @@ What fits a data set is decided here too, after `dataset.check` has looked at it
 import argparse
 import math
 import os
+import random
 import shutil
 import signal
 import sys
 import zlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,88 +31,15 @@ from dataset import (
 )  # fmt: skip
 from gen_image import count, defaults
 from image import PATCH, Preprocess, check_writable
-from infer_tool import SAVE_FOLDER
+from infer_tool import SAVE_FOLDER, SHIPPED_WEIGHTS
 from keys import check_alphabet, is_right_to_left, load_alphabet
 from label import SPLITS
-from model import MicroNet, Recogniser, fast_bfloat16, pick_device, with_alphabet
+from model import MicroNet, Recogniser, fast_bfloat16, load_checkpoint, pick_device, with_alphabet
+from recipe import PRESETS, Preset, own_preset
 
-
-@dataclass(frozen=True)
-class Preset:
-    """How a network is built and trained.
-
-    Attributes:
-        preprocess: the `Preprocess` of its images.
-        nh, depth: of the `model.MicroNet`.
-        epochs: times that each image is trained on.
-        lr: peak learning rate.
-        averaging: decay per step of the weights' exponential average, see train.py.
-        augment: one of `collatefn.AUGMENTATIONS`.
-        power: of the cosine that the learning rates follow.
-        flat: steps over which a flat start gives way to CTC, see loss.py.
-        muon: rate of Muon in multiples of lr, 0 for AdamW alone.
-        batch_size: images per step, over all processes.
-        amp: compute in bfloat16 where the CPU has instructions for it.
-        length: characters that every text has, None for any number.
-    """
-
-    preprocess: Preprocess
-    nh: int
-    depth: int
-    epochs: int
-    lr: float
-    averaging: float
-    augment: str = "shift"
-    power: float = 1
-    flat: int = 0
-    muon: float = 0
-    batch_size: int = 64
-    amp: bool = False
-    length: int | None = None
-
-
-PRESETS = {  # of the tasks in gen_image.py
-    "simple": Preset(
-        Preprocess(32), nh=16, depth=2, epochs=35, lr=0.04, power=4, averaging=0.98
-    ),
-    "complex": Preset(
-        Preprocess(60, 160), nh=128, depth=8, epochs=4, lr=0.01, averaging=0.995, muon=2, amp=True,
-        length=4,
-    ),
-    "chinese": Preset(
-        Preprocess(32), nh=64, depth=4, epochs=3, lr=0.01, averaging=0.995, flat=250, length=4
-    ),
-}  # fmt: skip
-
-
-def own_preset(checked):
-    """The `Preset` that fits a data set of one's own.
-
-    More epochs for fewer images, but fewer steps in all; benchmarks/RESULTS.md has what
-    decided it.
-
-    Args:
-        checked: a `dataset.Checked`.
-    """
-    images, size = len(checked.train), checked.preprocess
-    # Much background, or much detail: what varies in size, place and font is harder to read.
-    hard = size.trim or size.height > 32
-    # Looks are for many fonts: where there is one, they blur what tells 0 from O.
-    small_set = "looks" if hard else "affine"
-    return Preset(
-        size,
-        nh=128 if hard else 64,
-        # Each block sees 4 pixels further to either side: half as much again as the height.
-        depth=max(round(size.height / 6), 8 if hard else 1),
-        epochs=min(300, max(3, round(4700 / math.sqrt(images)))),
-        lr=0.01,
-        averaging=0.99,
-        augment="shift" if images >= 20000 else small_set,
-        flat=300,
-        muon=2,
-        batch_size=32,
-        amp=True,
-    )
+# Share of the training images that choose the epoch and the temperature, and their most.
+HELD_OUT, MOST_HELD_OUT = 0.1, 1000
+FEW = 300  # images of which twice that share is held out
 
 
 def _default(setting):
@@ -382,10 +310,16 @@ def check_data(args, splits=SPLITS, **options):
 
 
 class Plan(NamedTuple):
-    """What a training starts from: a `dataset.Checked` and a `Preset`."""
+    """What a training starts from.
+
+    checked: a `dataset.Checked`, whose training images are those that are trained on.
+    preset: a `recipe.Preset`.
+    held_out: `Sample`s that choose the epoch and the temperature.
+    """
 
     checked: Checked
     preset: Preset
+    held_out: list
 
     def identity(self, args):
         """What two trainings have in common where one can go on with the other's state."""
@@ -410,26 +344,33 @@ def prepare(args, start, device):
     """
     draw_missing(args)
     known = start and not args.fine_tune
+    general = start and args.fine_tune and start.task == "general"
     alphabet, preprocess = None, None
     if known:
         alphabet = start.converter.alphabet
     elif args.alphabet or args.task:
         alphabet = load_alphabet(args.alphabet or gen_image.TASKS[args.task].alphabet)
-    if start:
+    if general:  # which has read all kinds of images, cut or whole
+        args.height = start.preprocess.height
+    elif start:
         preprocess = start.preprocess
     elif args.task:
         size = PRESETS[args.task].preprocess
         preprocess = Preprocess(
-            args.height or size.height, args.width or size.width, bool(args.trim)
+            args.height or size.height,
+            args.width or size.width,
+            size.trim if args.trim is None else args.trim,
         )
     length = text_length(args, start.converter if known else None)
     checked = check_data(args, alphabet=alphabet, preprocess=preprocess, length=length)
     check_alphabet(checked.alphabet)
 
-    preset = PRESETS[args.task] if args.task else own_preset(checked)
+    preset = PRESETS[args.task] if args.task else own_preset(checked, start)
     flags = ("nh", "depth", "epochs", "lr", "averaging", "augment", "batch_size", "amp")
     given = {flag: getattr(args, flag) for flag in flags if getattr(args, flag) is not None}
     given.setdefault("amp", preset.amp and fast_bfloat16(device))
+    if args.epochs:
+        given["until_done"] = False
     if start:  # which knows where the characters are: no flat start
         given |= {"nh": start.model.nh, "depth": start.model.depth, "flat": 0}
     preset = replace(preset, preprocess=checked.preprocess, length=length, **given)
@@ -438,11 +379,34 @@ def prepare(args, start, device):
         print(
             f"images are {checked.preprocess} (--trim, --height, --width)\n"
             f"network: nh {preset.nh}, depth {preset.depth} (--nh, --depth)\n"
-            f"training: {preset.epochs} epochs (--epochs), batches of {preset.batch_size} "
-            f"(--batch-size), {preset.augment} augmentation (--augment), "
-            f"{'mixed precision' if preset.amp else 'float32'} (--amp)"
+            f"training: {'up to ' if preset.until_done else ''}{preset.epochs} epochs (--epochs), "
+            f"batches of {preset.batch_size} (--batch-size), {preset.augment} augmentation "
+            f"(--augment), {'mixed precision' if preset.amp else 'float32'} (--amp)"
         )
-    return Plan(checked, preset)
+    if args.task:
+        return Plan(checked, preset, checked.test)
+    part, held_out = hold_out(checked.train, args.seed)
+    return Plan(checked._replace(train=part), preset, held_out)
+
+
+def hold_out(samples, seed):
+    """(those to train on, those to choose the epoch with) of a list of `Sample`s."""
+    shuffled = random.Random(seed).sample(samples, len(samples))
+    share = HELD_OUT if len(samples) >= FEW else 2 * HELD_OUT
+    count = min(MOST_HELD_OUT, max(1, round(share * len(samples))))
+    return shuffled[count:], shuffled[:count]
+
+
+def starting_point(args):
+    """The `model.Recogniser` that a training goes on from, None for a new network.
+
+    Without --weights, images of one's own are learnt by the general network.
+    """
+    if args.weights == Path("none"):
+        args.weights = None
+    elif not (args.weights or args.task or args.nh or args.depth or args.height or args.width):
+        args.weights, args.fine_tune = SHIPPED_WEIGHTS["general"], True
+    return load_checkpoint(args.weights) if args.weights else None
 
 
 def first_recogniser(args, plan, start):
@@ -452,7 +416,7 @@ def first_recogniser(args, plan, start):
         plan: a `Plan`.
         start: see `prepare`.
     """
-    checked, preset = plan
+    checked, preset = plan.checked, plan.preset
     if start and not args.fine_tune:
         converter = start.converter.with_length(preset.length)
         return replace(start, converter=converter, task=args.task, half=args.half)

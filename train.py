@@ -24,10 +24,10 @@ import signal
 if __name__ == "__main__":  # Ctrl-C during the imports: an end without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 import metric
 import model as network
+import recipe
 import settings
 from collatefn import AUGMENTATIONS, TrainingLoader, evaluation_loader, training_loader
 from ctc_label_converter import fit_temperature
@@ -50,71 +51,7 @@ from keys import command
 from loss import CTCLoss, batch_logits
 from settings import gather, processes
 
-WARM_UP = 80  # steps
-CLIP = 5.0  # largest norm of the gradient
 MAX_SKIPPED = 20  # steps in a row without a finite gradient, then the training ends
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose steps are orthogonal matrices, for weights that mix channels.
-
-    Keller Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024,
-    https://kellerjordan.github.io/posts/muon/. PyTorch has one of its own from 2.9 on.
-    """
-
-    MOMENTUM = 0.95
-    # Of the polynomial that drives all singular values of a matrix near to 1.
-    A, B, C = 3.4445, -4.7750, 2.0315
-
-    def __init__(self, parameters, lr):
-        super().__init__(parameters, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for weight in group["params"]:
-                state = self.state[weight]
-                if not state:
-                    state["momentum"] = torch.zeros_like(weight)
-                momentum = state["momentum"].mul_(self.MOMENTUM).add_(weight.grad)
-                x = (weight.grad + self.MOMENTUM * momentum).flatten(1)
-                rows, columns = x.shape
-                if rows > columns:
-                    x = x.T
-                x = x / (x.norm() + 1e-7)
-                for _ in range(5):
-                    square = x @ x.T
-                    x = self.A * x + (self.B * square + self.C * square @ square) @ x
-                if rows > columns:
-                    x = x.T
-                scale = max(1, rows / columns) ** 0.5
-                weight.add_(x.reshape(weight.shape), alpha=-group["lr"] * scale)
-
-
-def make_optimizers(model, lr, muon):
-    """AdamW at rate ``lr``, and `Muon` at ``muon`` times that for what mixes channels, if not 0."""
-    mixing = [model.patches.conv.weight, *(block.pointwise.conv.weight for block in model.blocks)]
-    mixing = mixing if muon else []
-    rest = [p for p in model.parameters() if all(p is not own for own in mixing)]
-    adamw = torch.optim.AdamW(
-        [
-            {"params": [p for p in rest if p.ndim > 1], "weight_decay": 0.01},
-            {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0.0},
-        ],
-        lr=lr,
-        betas=(0.9, 0.99),
-        fused=next(model.parameters()).device.type != "mps",
-    )
-    return [adamw, Muon(mixing, muon * lr)] if muon else [adamw]
-
-
-def learning_rate(step, steps, peak, power):
-    """Linear warm-up to ``peak``, then a cosine to a power: the higher, the earlier it falls."""
-    warm_up = min(WARM_UP, steps // 10 + 1)
-    if step < warm_up:
-        return peak * (step + 1) / warm_up
-    progress = (step - warm_up) / (steps - warm_up)
-    return peak * (0.5 * (1 + math.cos(math.pi * progress))) ** power
 
 
 @dataclass
@@ -123,6 +60,8 @@ class Progress:
 
     skipped: steps whose gradient was not finite. rows: a `metric.EpochResult` for each epoch.
     order, random_states: of the generators, after the last epoch.
+    fall: (step, epoch) where the rate begins to fall, and those where the training ends.
+    temperature: that fitted the held-out images before they were trained on too.
     """
 
     step: int = 0
@@ -130,6 +69,8 @@ class Progress:
     rows: list = field(default_factory=list)
     order: torch.Tensor | None = None
     random_states: list = field(default_factory=list)
+    fall: tuple | None = None
+    temperature: float | None = None
 
 
 @dataclass
@@ -137,8 +78,8 @@ class Run:
     """What a training consists of. `set_up` puts it together, `train_epoch` uses it.
 
     recogniser: what is trained. forward: its model, as it is, compiled or distributed.
-    average: of its weights. order: the generator of the order of the training images.
-    plan: the data and the preset. identity: see `settings.Plan`.
+    average: of its weights. batches_of: makes training batches of samples. order: the
+    generator of their order. plan: the data and the preset. identity: see `settings.Plan`.
     """
 
     recogniser: network.Recogniser
@@ -147,8 +88,9 @@ class Run:
     optimizers: list
     scaler: torch.amp.GradScaler
     autocast: nullcontext
+    batches_of: Callable
     train_batches: TrainingLoader
-    test_batches: DataLoader
+    held_out: DataLoader
     order: torch.Generator
     plan: settings.Plan
     identity: dict
@@ -175,29 +117,15 @@ def loss_of(run, batch, criterion):
     return criterion(logits.float(), targets, batch.columns, batch.target_lengths)
 
 
-def take_step(model, optimizers, scaler, loss):
-    """One step down the gradient of ``loss``. Returns False, and changes nothing, if not finite."""
-    model.zero_grad()
-    scaler.scale(loss).backward()
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-    finite = math.isfinite(norm)  # of all processes: their gradients are one by now
-    if finite:
-        for optimizer in optimizers:
-            scaler.step(optimizer)
-    scaler.update()
-    return finite
-
-
 def set_learning_rate(run):
     """Set the optimizers to the rate of the step that comes next. Returns AdamW's."""
     preset = run.plan.preset
     steps = preset.epochs * len(run.train_batches)
-    lr = learning_rate(run.progress.step, steps, preset.lr, preset.power)
+    fall = run.progress.fall and run.progress.fall[::2]
+    lr = recipe.learning_rate(preset, run.progress.step, steps, fall)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr * preset.muon if isinstance(optimizer, Muon) else lr
+            group["lr"] = lr * preset.muon if isinstance(optimizer, recipe.Muon) else lr
     return lr
 
 
@@ -216,7 +144,7 @@ def train_epoch(run, bar):
         # The processes' gradients are averaged, their shares of a batch may differ by an image.
         count = len(batch.labels)
         share = count * processes()[1] / batch.whole
-        if take_step(model, run.optimizers, run.scaler, loss * share):
+        if recipe.take_step(model, run.optimizers, run.scaler, loss * share):
             run.average.update_parameters(model)
             total_loss += loss.detach() * count
             images += count
@@ -280,16 +208,19 @@ def calibrate(recogniser, batches, device):
 def set_up(args, plan, files, start, device):
     """Put the `Run` of a training together."""
     rank, world = processes()
-    checked, preset = plan
+    checked, preset = plan.checked, plan.preset
     torch.manual_seed(args.seed)
     recogniser = settings.first_recogniser(args, plan, start)
     model, converter = recogniser.model.to(device), recogniser.converter
     order = torch.Generator().manual_seed(args.seed)
-    train_batches = training_loader(
-        checked, converter, device, order=order, batch_size=preset.batch_size,
-        memory=args.memory, rank=rank, world=world,
-    )  # fmt: skip
-    test_batches = evaluation_loader(checked, converter, rank, world)
+
+    def batches_of(samples):
+        return training_loader(
+            checked._replace(train=samples), converter, device, order=order,
+            batch_size=preset.batch_size, memory=args.memory, rank=rank, world=world,
+        )  # fmt: skip
+
+    held_out = evaluation_loader(checked, plan.held_out, converter, rank, world)
     forward = model
     if world > 1:
         forward = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
@@ -301,8 +232,9 @@ def set_up(args, plan, files, start, device):
     autocast, scaler = network.precision(preset.amp, device)
     return Run(
         recogniser, torch.compile(forward) if args.compile else forward, average,
-        make_optimizers(model, preset.lr, preset.muon), scaler, autocast, train_batches,
-        test_batches, order, plan, plan.identity(args), files, Progress(), device,
+        recipe.make_optimizers(model, preset.lr, preset.muon), scaler, autocast, batches_of,
+        batches_of(checked.train), held_out, order, plan, plan.identity(args), files, Progress(),
+        device,
     )  # fmt: skip
 
 
@@ -315,8 +247,26 @@ def resume(run, state):
     run.progress.rows = [metric.EpochResult(n, *map(float, rest)) for n, *rest in known["rows"]]
     run.order.set_state(run.progress.order)
     rank, world = processes()
+    if run.progress.fall:
+        run.train_batches = run.batches_of([*run.plan.checked.train, *run.plan.held_out])
     if len(run.progress.random_states) == world:
         torch.set_rng_state(run.progress.random_states[rank])
+
+
+def last_epoch(run):
+    """The number of the last epoch, as far as it is known."""
+    return run.progress.fall[3] if run.progress.fall else run.plan.preset.epochs
+
+
+def begin_fall(run, epochs):
+    """From now on the rate falls, for some epochs, and the held-out images are trained on too."""
+    progress, plan = run.progress, run.plan
+    progress.temperature = calibrate(run.averaged(), run.held_out, run.device).converter.temperature
+    run.train_batches = run.batches_of([*plan.checked.train, *plan.held_out])
+    now, last = len(progress.rows), len(progress.rows) + epochs
+    progress.fall = (
+        progress.step, now, progress.step + epochs * len(run.train_batches), last,
+    )  # fmt: skip
 
 
 def next_epoch(run, bar, began):
@@ -325,14 +275,20 @@ def next_epoch(run, bar, began):
     if processes()[1] > 1:  # each process has seen other images
         for buffer in run.average.buffers():
             distributed.broadcast(buffer, 0)
-    test_loss, readings = evaluate(run.averaged(), run.test_batches, run.device)
+    test_loss, readings = evaluate(run.averaged(), run.held_out, run.device)
     texts, progress = [reading.text for reading in readings], run.progress
-    labels = [sample.label for sample in run.plan.checked.test]
+    labels = [sample.label for sample in run.plan.held_out]
     accuracy = metric.word_accuracy(texts, labels)
     cer = metric.character_error_rate(texts, labels)
     epoch, seconds = len(progress.rows) + 1, time.perf_counter() - began
     row = metric.EpochResult(epoch, train_loss, test_loss, accuracy, cer, lr, seconds)
     progress.rows.append(row)
+    preset = run.plan.preset
+    if preset.until_done and not progress.fall:
+        epochs = recipe.fall_of(progress.rows, preset.epochs, len(run.train_batches))
+        if epochs:
+            begin_fall(run, epochs)
+    # Last, for reading images draws from the generators too.
     progress.order = run.order.get_state()
     progress.random_states = gather(torch.get_rng_state())
     return row
@@ -343,7 +299,7 @@ def save_epoch(run):
     rows, files = run.progress.rows, run.files
     if len(rows) == 1:
         network.keep_previous(files)
-    if metric.best_epoch(rows) is rows[-1]:
+    if run.progress.fall or metric.best_epoch(rows) is rows[-1]:
         checkpoint = network.save_checkpoint(files.checkpoint, run.averaged())
         run.files = files._replace(checkpoint=checkpoint)
     metric.save_progress(files.table, files.curves, rows)
@@ -356,7 +312,7 @@ def save_epoch(run):
 def begin(args, device):
     """Prepare a training, or go on with one. Returns its `Run`."""
     rank, world = processes()
-    start = network.load_checkpoint(args.weights) if args.weights else None
+    start = settings.starting_point(args)
     plan = settings.from_first(lambda: settings.prepare(args, start, device))
     check_writable(args.out)
     files = settings.output_files(args, plan.preset)
@@ -393,13 +349,19 @@ def train(args, device):
     began = time.perf_counter() - (progress.rows[-1].seconds if progress.rows else 0)
     ended, status = None, 0
     try:
-        while len(progress.rows) < epochs and not ended:
+        while len(progress.rows) < last_epoch(run) and not ended:
             row = next_epoch(run, bar, began)
             if rank == 0:
                 save_epoch(run)
                 bar.write(f"epoch {row.epoch:3d}/{epochs}  {row}")
             if writer:
                 metric.add_to_tensorboard(writer, row)
+            if progress.fall and progress.fall[1] == row.epoch and rank == 0:
+                bar.total = progress.fall[2]
+                bar.write(
+                    "the loss of the held-out images falls no more, or the epochs end: up to epoch "
+                    f"{last_epoch(run)} at a falling rate, with those images too (--epochs)"
+                )
             ended = metric.reason_to_stop(progress.rows, args.stop_at, args.patience)
     except KeyboardInterrupt:
         ended, status = "interrupted, --resume goes on", 130
@@ -428,15 +390,27 @@ def finish(run, world):
         print("no epoch was completed, nothing was saved")
         return
     best = network.load_checkpoint(files.checkpoint)
-    batches = run.test_batches if world == 1 else evaluation_loader(checked, best.converter)
-    best = calibrate(best, batches, run.device)
+    held_out = evaluation_loader(checked, run.plan.held_out, best.converter)
+    if progress.fall:
+        best = replace(best, converter=best.converter.with_temperature(progress.temperature))
+    else:
+        best = calibrate(best, held_out, run.device)
     network.save_checkpoint(files.checkpoint, best)
-    _, readings = evaluate(best, batches, run.device)
+    test = evaluation_loader(checked, checked.test, best.converter)
+    _, readings = evaluate(best, test, run.device)
     metric.show_mistakes(checked.test, readings, files.mistakes)
     if not files.curves.exists():
         print("for curves of the training: pip install matplotlib")
-    row = metric.best_epoch(progress.rows)
-    print(f"best word accuracy {row.word_accuracy:.4f} in epoch {row.epoch}: {files.checkpoint}")
+    row = progress.rows[-1] if progress.fall else metric.best_epoch(progress.rows)
+    if run.plan.held_out is checked.test:  # which have chosen the epoch
+        print(
+            f"best word accuracy {row.word_accuracy:.4f} in epoch {row.epoch}: {files.checkpoint}"
+        )
+        return
+    texts, labels = [reading.text for reading in readings], [s.label for s in checked.test]
+    why = "trained on all images" if progress.fall else "the best on the held-out images"
+    print(f"epoch {row.epoch} was {why}: {files.checkpoint}")
+    print(f"test images: {metric.summary(texts, labels)}")
 
 
 def load_test_set(args, weights, val_fraction):
@@ -450,12 +424,12 @@ def load_test_set(args, weights, val_fraction):
         length=length, val_fraction=val_fraction,
     )  # fmt: skip
     print(checked.notes[0])
-    return recogniser, checked, evaluation_loader(checked, recogniser.converter)
+    return recogniser, checked, evaluation_loader(checked, checked.test, recogniser.converter)
 
 
 def evaluate_weights(args, device):
     """Print how well the weights read the test images, all images where there is no test set."""
-    weights = args.weights or latest_weights(args.task)
+    weights = args.weights or latest_weights(args.task, "simple")
     print(f"evaluating {weights}")
     recogniser, checked, batches = load_test_set(args, weights, val_fraction=1)
     _, readings = evaluate(recogniser, batches, device)

@@ -70,7 +70,7 @@ def images_a_second(network, count, seconds=2.0):
 
 def measure_reader(reader, samples):
     """The network alone, bytes to text: (median, 95th percentile) in ms; images/s in batches."""
-    pixels = np.stack([reader._pixels(data, "") for data in samples[:BATCH_SIZE]])
+    pixels = np.stack([reader._pixels(data, "")[0] for data in samples[:BATCH_SIZE]])
     one = network_alone(reader, pixels[:1])
     network = milliseconds(lambda i: one(), 400)
     whole = milliseconds(lambda i: reader.predict(samples[i % len(samples)]), 400)

@@ -11,8 +11,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from captcha.image import DEFAULT_FONTS
 from helpers import ENVIRONMENT, ROOT, SAMPLES, assert_clear_error, load, run_script
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from infer_tool import SHIPPED_WEIGHTS, RecInfer
 from label import read_label_file
@@ -145,6 +146,24 @@ def test_demo_without_arguments_reads_the_samples(tmp_path):
     assert f"no weights of a training in {tmp_path / 'save_model'}" in process.stderr
     lines = [line.split("\t") for line in process.stdout.splitlines()]
     assert [line[1] for line in lines] == [path.stem for path in sorted(SIMPLE.glob("*.png"))]
+
+
+def test_an_image_of_a_kind_that_nobody_trained_on_is_read_with_the_general_network(tmp_path):
+    lines = {}
+    for text in ("TOTAL 24.90", "HB 4821", "Garden"):
+        font = ImageFont.truetype(DEFAULT_FONTS[0], 40)
+        image = Image.new("RGB", (2 * round(font.getlength(text)), 150), "white")
+        ImageDraw.Draw(image).text((60, 45), text, "black", font)
+        image.save(tmp_path / f"{len(lines)}.png")
+        lines[f"{len(lines)}.png"] = text
+    labels = "".join(f"{name}\t{text.upper()}\n" for name, text in lines.items())
+    (tmp_path / "labels.txt").write_text(labels, encoding="utf-8")
+    process = run_script("demo.py", *lines, cwd=tmp_path)
+    assert f"weights: {SHIPPED_WEIGHTS['general']}" in process.stderr
+    assert [line.split("\t")[1] for line in process.stdout.splitlines()] == list(lines.values())
+    for flags, right in ([], 2), (["--ignore-case"], 3):
+        process = run_script("demo.py", "--labels", "labels.txt", *flags, cwd=tmp_path)
+        assert f"{right} of 3 right" in process.stderr
 
 
 def test_demo_reads_files_as_json_with_the_weights_last_written(trained, digits, tmp_path):

@@ -1,18 +1,23 @@
 """Drawing: reproducible, distinct, complete or not there at all."""
 
 import hashlib
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 from captcha.image import DEFAULT_FONTS, ImageCaptcha
 from helpers import ROOT, assert_clear_error, run_script
 from PIL import Image
 
 import gen_image
-from image import find_chinese_font
+from dataset import DataOptions, check
+from fonts import find_chinese_font
+from image import Preprocess
 from keys import ALPHABETS
 
 SMALL = ["--train", 130, "--test", 20]
@@ -113,6 +118,56 @@ def test_chinese_images_hold_the_whole_alphabet(tmp_path):
     with Image.open(out / "train" / "07999.png") as image:
         assert image.size == (128, 32)
         assert max(spread[1] - spread[0] for spread in image.getextrema()) > 80  # ink on ground
+
+
+def few_fonts(folder):
+    """A folder with fonts of three families, and files that are none."""
+    listed = Path("/usr/share/fonts/truetype")
+    names = ("dejavu/DejaVuSans.ttf", "dseg/DSEG7Classic-Regular.ttf", "essays1743/Essays1743.ttf")
+    fonts = [*DEFAULT_FONTS, *(listed / name for name in names if (listed / name).exists())]
+    if len(fonts) < 3:
+        pytest.skip("too few fonts on this machine: install those of assets/fonts.txt")
+    (folder / "deep").mkdir(parents=True)
+    for font in fonts:
+        shutil.copy(font, folder / "deep")
+    (folder / "broken.ttf").write_bytes(b"no font")
+    return folder
+
+
+def test_general_images_are_reproducible_of_any_look_and_fit_the_network(tmp_path):
+    fonts = few_fonts(tmp_path / "fonts")
+    flags = ["--task", "general", "--fonts", fonts, "--train", 230, "--test", 20]
+    for name, workers in (("one", 1), ("two", 2)):
+        process = run_script(
+            "gen_image.py", "--out", tmp_path / name, *flags, "--workers", workers, cwd=tmp_path
+        )
+        assert process.returncode == 0, process.stderr
+    count = len(list(fonts.rglob("*.ttf")))
+    assert f"{count - 1} of {count} font files can be used" in process.stdout
+    first = digest(tmp_path / "one")
+    assert digest(tmp_path / "two") == first
+    assert len(set(first.values())) == len(first)
+    checked = check(tmp_path / "one", DataOptions(preprocess=Preprocess(32)))
+    assert not checked.problems
+    texts = [sample.label for sample in checked.train]
+    assert {len(text) for text in texts} == set(range(1, 13))
+    assert set("".join(texts)) <= set(ALPHABETS["ascii"])
+    grounds = [np.asarray(Image.open(s.path)).mean() for s in checked.train]
+    assert min(grounds) < 40
+    assert max(grounds) > 215
+
+
+def test_no_family_of_fonts_is_in_training_and_test(tmp_path):
+    families = gen_image.find_families(few_fonts(tmp_path / "fonts"), 1)
+    assert families["train"]
+    assert families["test"]
+    first_words = [{name.split()[0] for name in families[split]} for split in families]
+    assert not first_words[0] & first_words[1]
+
+
+def test_general_without_fonts_says_what_to_install(tmp_path):
+    process = run_script("gen_image.py", "--task", "general", "--fonts", tmp_path, cwd=tmp_path)
+    assert_clear_error(process, "gen_image.py", "0 families", "assets/fonts.txt", "--fonts")
 
 
 def test_without_a_chinese_font_the_error_names_one(monkeypatch):

@@ -12,10 +12,10 @@ from helpers import picture, png
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from ctc_label_converter import columns_needed
+from fonts import caption_font
 from image import (
     ImageError,
     Preprocess,
-    caption_font,
     contact_sheet,
     find_images,
     find_text_lines,

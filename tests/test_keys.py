@@ -8,7 +8,8 @@ from keys import ALPHABETS, check_alphabet, load_alphabet, normalised, oddities,
 def test_named_alphabets():
     sizes = {name: len(set(load_alphabet(name))) for name in ALPHABETS}
     assert sizes == {
-        "digits": 10, "digits_upper": 36, "alnum59": 59, "alnum62": 62, "gb2312_level1": 3755,
+        "digits": 10, "digits_upper": 36, "alnum59": 59, "alnum62": 62, "ascii": 95,
+        "gb2312_level1": 3755,
     }  # fmt: skip
     chinese = load_alphabet("gb2312_level1")
     codes = [character.encode("gb2312") for character in chinese]
