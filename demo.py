@@ -235,7 +235,9 @@ def main():
     reader = RecInfer(weights)
     print(f"weights: {weights}", file=sys.stderr)
     labels = read_labels(args.labels) if args.labels else {}
-    samples = SAMPLES / (reader.task if reader.task in SHIPPED_WEIGHTS else "simple")
+    samples = SAMPLES / (reader.task or "simple")
+    if not samples.is_dir():  # general has none of its own
+        samples = SAMPLES / "simple"
     paths = list_images(args.images or list(labels) or [samples])
 
     failed, right, compared, shown = 0, 0, 0, []
