@@ -90,6 +90,7 @@ def test_shipped_networks_are_exports_of_the_shipped_checkpoints():
         assert one.converter.temperature == two.converter.temperature
         assert one.converter.length == two.converter.length
         assert path.name.startswith(f"{one.task}_")
+        assert path.stat().st_size < (1_500_000 if one.task == "general" else 5_000_000)
         assert one.task == two.task
         for image in sorted(SAMPLES.glob("*/*.png")):
             assert_same(one.predict(image), two.predict(image), 1e-4)
