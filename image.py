@@ -29,7 +29,7 @@ from PIL import (
     UnidentifiedImageError,
 )  # fmt: skip
 
-from fonts import caption_font
+from keys import caption_font
 
 PATCH = 4  # pixels: the network sees patches of 4x4, and each column of them is one step of CTC
 MAX_PIXELS = 2**23  # of an image file, 8.4 million: checked before it is decoded

@@ -4,30 +4,294 @@ What `gen_image.py --task general` draws. The idea of learning to read real text
 text alone is of Jaderberg et al., "Synthetic Data and Artificial Neural Networks for Natural
 Scene Text Recognition", arXiv 1406.2227.
 
-The path of an image: a text (`LineText`), its strokes (`strokes_of_line` or
+The path of an image: a text, its strokes (`strokes_of_line` or
 `strokes_of_glyphs`: how much of each pixel is covered, and by which glyph), a ground and
 colours (`paint`), things drawn across (`clutter`), light and camera (`wear`).
 """
 
 import io
 import math
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from ctc_label_converter import columns_needed
 from image import PATCH, Preprocess
-from line_strokes import (
-    HAND,
-    SEGMENTS,
-    fitted,
-    smooth_noise,
-    strokes_of_glyphs,
-    strokes_of_hand,
-    strokes_of_line,
-    strokes_of_segments,
-)  # fmt: skip
-from line_text import DIGITS, LineText
+from keys import ALPHABETS, SIZE, open_font
+
+
+class Strokes(NamedTuple):
+    """(H, W) uint8 arrays of the pixels that text covers, 0 to 255, and by which glyph."""
+
+    cover: np.ndarray
+    owner: np.ndarray
+
+
+class Canvas:
+    """Where strokes are drawn, with ``pen``, and which glyph each pixel belongs to."""
+
+    def __init__(self, width, height):
+        self.size = int(width), int(height)
+        self.cover, self.owner = Image.new("L", self.size), Image.new("L", self.size)
+        self.pen, self._owners = ImageDraw.Draw(self.cover), ImageDraw.Draw(self.owner)
+
+    def begin(self, glyph, x):
+        """What stands to the right of x belongs to a glyph, given by its number."""
+        self._owners.rectangle((x, 0, *self.size), min(glyph, 255))
+
+    def add(self, glyph, image, x, y):
+        """Draw the mask of a glyph with its upper left corner at (x, y), over the others."""
+        place = round(x), min(max(0, round(y)), max(0, self.size[1] - image.height))
+        part = (*place, place[0] + image.width, place[1] + image.height)
+        self.cover.paste(ImageChops.lighter(self.cover.crop(part), image), place)
+        self.owner.paste(min(glyph, 255), part, image.point(lambda value: 255 * (value > 60)))
+
+    def spot(self, x, y, size):
+        """Draw a round dot."""
+        self.pen.ellipse((x - size / 2, y - size / 2, x + size / 2, y + size / 2), 255)
+
+    def strokes(self):
+        """What was drawn, as `Strokes`."""
+        return Strokes(np.asarray(self.cover), np.asarray(self.owner))
+
+
+def strokes_of_line(text, font, rng):
+    """The `Strokes` of a line as a typesetter or printer sets it."""
+    face, pad = open_font(font.path), SIZE // 4
+    tracking = rng.choice((0, 0, 0, rng.uniform(-0.03, 0.3))) * SIZE
+    bold = rng.choice((0, 0, 0, 0, 0, 0, 0, 0, 0, 1))
+    advances = [face.getlength(text[:i]) + i * tracking for i in range(len(text) + 1)]
+    canvas = Canvas(advances[-1] + 2 * pad + SIZE // 2, sum(face.getmetrics()) + 2 * pad)
+    parts = zip(text, advances, strict=False) if tracking else [(text, 0)]
+    for part, x in parts:  # in one piece it has the font's kerning
+        canvas.pen.text((pad + x, pad), part, 255, face, stroke_width=bold)
+    for i, x in enumerate(advances[:-1]):
+        canvas.begin(i, pad + x - 1)
+    style = rng.random()
+    if style < 0.06:
+        dots = _dots(text, font, rng)
+        if dots:
+            canvas.cover = dots
+            canvas.owner = canvas.owner.resize(dots.size, Image.Resampling.NEAREST)
+    elif style < 0.11:  # only its outline
+        inner = canvas.cover.filter(ImageFilter.MinFilter(rng.choice((3, 5))))
+        canvas.cover = ImageChops.subtract(canvas.cover, inner)
+    elif style < 0.14:  # stencil: bars without paint
+        for start, end in pairwise(advances):
+            x = pad + (start + end) / 2
+            canvas.pen.rectangle((x - 1, 0, x + 1, canvas.size[1]), 0)
+    return canvas.strokes()
+
+
+def _dots(text, font, rng):
+    """A line as a dot matrix prints or shows it, None where its glyphs are too fine."""
+    small = open_font(font.path, rng.randint(9, 14))
+    mask = small.getmask(text)
+    if not all(mask.size):
+        return None
+    grid = np.asarray(Image.frombytes("L", mask.size, bytes(mask))) > 100
+    step = max(2, round(SIZE * 0.8 / grid.shape[0]))
+    dot = np.zeros((step, step), np.uint8)
+    if rng.random() < 0.5:
+        dot[:] = 255  # pixels of a display
+        if rng.random() < 0.5 and step > 2:
+            dot[-1] = dot[:, -1] = 0
+    else:
+        y, x = np.mgrid[:step, :step] - (step - 1) / 2
+        dot[:] = (255 * (x * x + y * y < (step * rng.uniform(0.4, 0.6)) ** 2)).astype(np.uint8)
+    return Image.fromarray(np.pad(np.kron(grid.astype(np.uint8), dot), SIZE // 6))
+
+
+SEGMENTS = {  # of seven, named from the top clockwise, then the middle one
+    "0": "abcdef", "1": "bc", "2": "abged", "3": "abgcd", "4": "fgbc", "5": "afgcd", "6": "afgcde",
+    "7": "abc", "8": "abcdefg", "9": "abcdfg", "-": "g", "A": "abcefg", "C": "afed", "E": "afged",
+    "F": "afge", "H": "fegbc", "L": "fed", "P": "abfge", "U": "fedcb", "b": "fgced", "d": "bcdeg",
+    "n": "egc", "o": "egcd", "r": "eg", "t": "fged", "h": "fegc", "c": "ged", "y": "fgbcd",
+}  # fmt: skip
+ENDS = {  # of a segment, in units of the width and half the height
+    "a": (0, 0, 1, 0), "b": (1, 0, 1, 1), "c": (1, 1, 1, 2), "d": (0, 2, 1, 2), "e": (0, 1, 0, 2),
+    "f": (0, 0, 0, 1), "g": (0, 1, 1, 1),
+}  # fmt: skip
+
+
+def strokes_of_segments(text, rng):
+    """The `Strokes` of a line on a display of seven segments; a dot takes no place of its own."""
+    height, width = SIZE * 0.75, SIZE * rng.uniform(0.3, 0.5)
+    thick, gap = rng.uniform(2.5, 6.5), rng.uniform(-0.5, 1.2)
+    step = width + thick + SIZE * rng.uniform(0.08, 0.3)
+    dim = rng.choice((0, 0, rng.randint(10, 60)))  # segments that are off
+    canvas, x, top = Canvas(step * (len(text) + 1), height + thick + SIZE / 2), SIZE / 4, SIZE / 4
+    for i, c in enumerate(text):
+        canvas.begin(i, x - thick)
+        if c in ".:":
+            for y in (height,) if c == "." else (height * 0.3, height * 0.7):
+                canvas.spot(x - step + width + thick * 1.4, top + y, thick)
+            continue
+        for segment, ends in ENDS.items():
+            lit = 255 if segment in SEGMENTS.get(c, "") else dim
+            line = np.reshape(ends, (2, 2)) * (width, height / 2) + (x, top)
+            short = np.sign(line[1] - line[0]) * (gap + thick / 4)
+            if lit:
+                canvas.pen.line([*(line[0] + short), *(line[1] - short)], lit, round(thick))
+        x += step
+    return canvas.strokes()
+
+
+HAND = {  # the strokes of written digits: their points, x from 0 to 6, y from 0 to 9 downwards
+    "0": ("30 10 02 06 18 39 58 66 62 50 30", "50 20 03 07 29 49 67 63 41 20"),
+    "1": ("03 30 39", "40 29", "12 30 39/09 69"),
+    "2": ("02 10 40 62 54 19 69", "02 20 50 62 35 08 18 38 69"),
+    "3": ("01 30 52 24 55 67 39 07", "00 60 33 55 67 39 08"),
+    "4": ("10 05 65/42 49", "50 06 66/52 49", "10 15 65 52 39"),
+    "5": ("60 10 04 44 66 49 08", "10 04 44 66 49 08/10 60"),
+    "6": ("50 12 06 19 49 67 55 25 07", "40 04 07 29 58 56 35 16"),
+    "7": ("00 60 29", "00 60 29/14 54", "02 00 60 39"),
+    "8": ("51 20 02 24 56 58 39 08 16 44 62 51", "30 11 23 45 57 39 17 25 43 51 30"),
+    "9": ("61 30 03 25 63 61 58 39", "51 20 03 25 53 51 49"),
+    ".": ("19 19",), ",": ("29 1:",), "-": ("15 55",), "/": ("60 09",), ":": ("23 23/28 28",),
+}  # fmt: skip
+
+
+def _curve(points, fine=6):
+    """Points on a smooth line through some (x, y): a Catmull-Rom spline."""
+    p = np.array([points[0], *points, points[-1]], float)
+    t = np.linspace(0, 1, fine, endpoint=False)[:, None]
+    parts = [
+        p[i] + t / 2 * (p[i + 1] - p[i - 1])
+        + t**2 * (p[i - 1] - 2.5 * p[i] + 2 * p[i + 1] - p[i + 2] / 2)
+        + t**3 * (1.5 * (p[i] - p[i + 1]) + (p[i + 2] - p[i - 1]) / 2)
+        for i in range(1, len(p) - 2)
+    ]  # fmt: skip
+    return np.concatenate([*parts, p[-1:]])
+
+
+def strokes_of_hand(text, rng):
+    """The `Strokes` of digits that somebody has written, in one hand."""
+    unit = np.array([SIZE * rng.uniform(0.25, 0.6) / 6, SIZE * 0.8 / 9])  # of HAND, in pixels
+    slant, wild, thick = rng.gauss(0.15, 0.2), rng.uniform(0.2, 0.7), rng.uniform(1.5, 5)
+    space = rng.uniform(-0.5, 3)
+    habits = {c: rng.choice(ways) for c, ways in HAND.items()}
+    canvas = Canvas((len(text) + 1) * (9 + space) * unit[0] + 2 * SIZE, 2 * SIZE)
+    place = np.array([SIZE * 0.8, SIZE * 0.5])
+    for i, c in enumerate(text):
+        way = habits[c] if rng.random() < 0.8 else rng.choice(HAND[c])
+        scale = rng.uniform(0.8, 1.15)
+        canvas.begin(i, place[0] - unit[0])
+        for stroke in way.split("/"):
+            points = [
+                (ord(x) - 48 + rng.gauss(0, wild), ord(y) - 48 + rng.gauss(0, wild))
+                for x, y in stroke.split()
+            ]
+            line = (_curve(points) if c in "0235689" else np.array(points)) * scale
+            line[:, 0] += slant * (9 - line[:, 1])
+            line = line * unit + place + (0, (1 - scale) * 9 * unit[1])
+            canvas.pen.line(list(map(tuple, line)), 255, round(thick), "curve")
+            for end in line[[0, -1]]:
+                canvas.spot(*end, thick)
+        advance = (3 if c in ".,:" else 6) * scale + space + rng.gauss(1, 0.7)
+        place += (advance * unit[0], rng.gauss(0, 0.4))
+    return canvas.strokes()
+
+
+def _glyph(character, font, bold):
+    """(mask as an "L" image, how far its top is from the baseline, in pixels downwards)."""
+    face = open_font(font.path)
+    mask = face.getmask(character, stroke_width=bold)
+    if not all(mask.size):  # a space
+        return Image.new("L", (2, 2)), 0
+    top = face.getbbox(character, anchor="ls", stroke_width=bold)[1]
+    return Image.frombytes("L", mask.size, bytes(mask)), top
+
+
+def strokes_of_glyphs(text, fonts, rng):
+    """The `Strokes` of single glyphs, each turned, sized and shifted by itself, as in captchas.
+
+    Args:
+        fonts: at least one `Font`; each glyph is drawn in one of them.
+    """
+    turn, shift = rng.choice((3, 12, 25, 40)), rng.choice((0.03, 0.1, 0.22)) * SIZE
+    spread, bold = rng.choice((0.0, 0.1, 0.25)), rng.choice((0, 0, 0, 1, 1, 2))
+    space = rng.choice((rng.uniform(-0.12, 0.05), rng.uniform(0, 0.5), rng.uniform(0.3, 1.3)))
+    glyphs, x = [], SIZE * 0.6
+    for c in text:
+        image, top = _glyph(c, rng.choice(fonts), bold)
+        factor = rng.uniform(1 - spread, 1 + spread)
+        middle = SIZE * 1.1 + (top + image.height / 2) * factor + rng.uniform(-shift, shift)
+        size = [max(1, round(n * factor)) for n in image.size]
+        image = image.resize(size, Image.Resampling.BILINEAR)
+        image = image.rotate(rng.gauss(0, turn / 2), Image.Resampling.BILINEAR, expand=True)
+        x += SIZE * 0.4 if c == " " else 0
+        glyphs.append((image, x, middle - image.height / 2))
+        x += size[0] + space * SIZE * rng.uniform(0.7, 1.3)
+    canvas = Canvas(x + SIZE * 0.6, SIZE * 2.1)
+    for i, placed in enumerate(glyphs):
+        canvas.add(i, *placed)
+    return canvas.strokes()
+
+
+def _frame(rng):
+    """Space left of, above, right of and below a text, in units of its height."""
+    kind = rng.random()
+    if kind < 0.35:  # cut tightly, or a little into it
+        return [rng.uniform(-0.04, 0.15) for _ in range(4)]
+    if kind < 0.85:
+        return [rng.uniform(0, most) for most in (0.8, 0.5, 0.8, 0.5)]
+    # Text alone in a wide picture.
+    return [rng.uniform(0.2, most) for most in (4, 0.8, 4, 0.8)]
+
+
+def fitted(strokes, rng):
+    """`Strokes` bent, slanted and seen at an angle, cut to a random frame about the text."""
+    cover, owner = map(Image.fromarray, strokes)
+    left, top, right, bottom = cover.getbbox() or (0, 0, *cover.size)
+    height, unit = bottom - top, min(bottom - top, SIZE)
+    frame = _frame(rng)
+    left, top = left - frame[0] * unit, top - frame[1] * unit
+    right, bottom = right + frame[2] * unit, bottom + frame[3] * unit
+    scale = rng.uniform(40, 61) / max(0.67 * unit, bottom - top)
+    stretch = math.exp(rng.gauss(0, 0.16)) if rng.random() < 0.6 else 1
+    size = [(right - left) * scale * stretch, (bottom - top) * scale]
+    # Corners of the frame in the strokes' picture: the view of a camera that stands askew.
+    slant = rng.gauss(0, 0.12) * height if rng.random() < 0.4 else 0
+    turn = rng.gauss(0, 0.03) * min(right - left, 5 * height) if rng.random() < 0.5 else 0
+    wild = 0.06 * height if rng.random() < 0.4 else 0
+    corners = [
+        left + slant, top + turn, left - slant, bottom + turn,
+        right - slant, bottom - turn, right + slant, top - turn,
+    ]  # fmt: skip
+    corners = [value + rng.uniform(-wild, wild) for value in corners]
+    how = [max(8, round(n)) for n in size], Image.Transform.QUAD, corners
+    if scale < 0.7:
+        cover = cover.filter(ImageFilter.GaussianBlur(0.35 / scale))
+    cover = np.asarray(cover.transform(*how, Image.Resampling.BILINEAR))
+    owner = np.asarray(owner.transform(*how, Image.Resampling.NEAREST))
+    if rng.random() < 0.25:  # as written by hand, on cloth, or through old glass
+        return _bent(cover, owner, rng)
+    return Strokes(cover, owner)
+
+
+def smooth_noise(shape, cells, source):
+    """(H, W) float from about -1 to 1 that changes slowly: noise of ``cells`` = (rows, columns)."""
+    noise = Image.fromarray(source.uniform(-1, 1, cells).astype(np.float32))
+    return np.asarray(noise.resize(shape[::-1], Image.Resampling.BICUBIC))
+
+
+def _bent(cover, owner, rng):
+    """`Strokes` of both arrays with their pixels moved by up to a few pixels, smoothly."""
+    source = np.random.default_rng(rng.getrandbits(64))
+    height, width = cover.shape
+    cells = rng.choice((2, 3, 4)), max(2, width // rng.choice((12, 20, 40)))
+    amount = height * rng.uniform(0.02, 0.07)
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    y = np.clip(y + amount * smooth_noise(cover.shape, cells, source), 0, height - 1.001)
+    x = np.clip(x + amount * smooth_noise(cover.shape, cells, source), 0, width - 1.001)
+    top, left = y.astype(int), x.astype(int)
+    y, x, padded = y - top, x - left, np.pad(cover, ((0, 1), (0, 1))).astype(np.float32)
+    above = padded[top, left] * (1 - x) + padded[top, left + 1] * x
+    below = padded[top + 1, left] * (1 - x) + padded[top + 1, left + 1] * x
+    return Strokes((above * (1 - y) + below * y).astype(np.uint8), owner[top, left])
 
 
 def _ground(shape, rng, source):
@@ -229,15 +493,13 @@ class LineImage:
 
     Args:
         families: {name: its `Font`s}, which are drawn evenly.
-        alphabet: the characters that may occur.
-        low, high: the fewest and most characters.
+        text: draws texts, a `gen_image.LineText` with the same ``rng``.
         rng: a `random.Random`, the only source of randomness.
     """
 
-    def __init__(self, families, alphabet, low, high, rng):
+    def __init__(self, families, text, rng):
         self.families = list(families.values())
-        self.text = LineText(rng, low, high, alphabet)
-        self.rng = rng
+        self.text, self.rng = text, rng
 
     def draw(self):
         """(RGB `PIL.Image`, its text), which has the columns that CTC needs."""
@@ -254,7 +516,7 @@ class LineImage:
             text = "".join(c.upper() if c.upper() in self.text.allowed else c for c in text)
         kind = rng.random()
         if kind < 0.05 or (kind < 0.3 and set(text) <= set(SEGMENTS) | set(".:")):
-            text = self.text.draw([*DIGITS, *DIGITS, ".", ":", "-"]) if kind < 0.05 else text
+            text = self.text.draw(ALPHABETS["digits"] + ".:-") if kind < 0.05 else text
             strokes = strokes_of_segments(text, rng)
         elif kind < 0.4 and set(text) <= set(HAND):
             strokes = strokes_of_hand(text, rng)

@@ -16,9 +16,8 @@ from PIL import Image
 
 import gen_image
 from dataset import DataOptions, check
-from fonts import find_chinese_font
 from image import Preprocess
-from keys import ALPHABETS
+from keys import ALPHABETS, find_chinese_font
 
 SMALL = ["--train", 130, "--test", 20]
 

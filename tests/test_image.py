@@ -12,7 +12,6 @@ from helpers import picture, png
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from ctc_label_converter import columns_needed
-from fonts import caption_font
 from image import (
     ImageError,
     Preprocess,
@@ -25,6 +24,7 @@ from image import (
     text_box,
     write_atomically,
 )
+from keys import caption_font
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "F"])
