@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from tqdm.contrib.concurrent import thread_map
 
+from dataset import for_each
 from image import PATCH, ImageError, read_image
 from infer_tool import BATCH_SIZE, MAX_LOGITS
 
@@ -52,17 +52,18 @@ class TextImageDataset:
         samples: a list of `Sample`.
         preprocess: a `Preprocess`.
         in_memory: decode all images now.
+        known: {path: array} of images that are decoded already.
 
     Item i is ((3, height, W) uint8 array, label, i).
 
     Raises ValueError, naming file and line of everything that cannot be read.
     """
 
-    def __init__(self, samples, preprocess, in_memory=True):
-        self.samples, self.preprocess = samples, preprocess
+    def __init__(self, samples, preprocess, in_memory=True, known=None):
+        self.samples, self.preprocess, self.known = samples, preprocess, known or {}
         self.arrays = None
         if in_memory:
-            arrays = thread_map(self._load, samples, desc="loading", leave=False, unit="img")
+            arrays = for_each(self._load, samples, "loading")
             problems = [str(array) for array in arrays if isinstance(array, ValueError)]
             if problems:
                 raise ValueError("\n".join(problems))
@@ -70,6 +71,8 @@ class TextImageDataset:
 
     def _load(self, sample):
         """The pixels of a sample, or a ValueError."""
+        if sample.path in self.known:
+            return self.known[sample.path]
         try:
             return self.preprocess(read_image(sample.path))
         except ImageError as error:
@@ -215,7 +218,8 @@ def training_loader(checked, converter, device, *, order, batch_size, memory=Non
     """The `TrainingLoader` of a training.
 
     The images are on the GPU where they fit into half of its free memory, else in memory
-    where they fit, else they are read by worker processes.
+    where they fit (as one tensor, where all are equally wide), else they are read by worker
+    processes.
 
     Args:
         checked: a `dataset.Checked`.
@@ -232,10 +236,10 @@ def training_loader(checked, converter, device, *, order, batch_size, memory=Non
     size = 3 * height * sum(widths)
     room = machine_memory() / 2 if memory is None else memory * 2**30
     in_memory = size <= room / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    dataset = TextImageDataset(samples, checked.preprocess, in_memory)
-    if device.type == "cuda" and in_memory:
+    dataset = TextImageDataset(samples, checked.preprocess, in_memory, checked.pixels)
+    if in_memory and (device.type == "cuda" or size <= room / 2):
         padded = 3 * height * max(widths) * len(widths)
-        if padded <= torch.cuda.mem_get_info(device)[0] / 2:
+        if padded <= (torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else size):
             resident = OnDevice(dataset, converter, device)
             return TrainingLoader(
                 resident, batch_sampler=sampler, collate_fn=resident.unchanged, generator=order
@@ -264,7 +268,7 @@ def evaluation_loader(checked, samples, converter, rank=0, world=1):
             batches.append([])
         batches[-1].append(i)
     return DataLoader(
-        TextImageDataset(samples, checked.preprocess),
+        TextImageDataset(samples, checked.preprocess, known=checked.pixels),
         batch_sampler=batches,
         collate_fn=Collate(converter),
     )

@@ -3,7 +3,7 @@
     python dataset.py my_images
     python dataset.py labels.csv --text-column plate --normalise
 
-What a data set may be is in label.py.
+What a data set may be is in label_file.py.
 """
 
 import signal
@@ -15,14 +15,16 @@ import argparse
 import os
 import random
 import re
+import time
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
-from tqdm.contrib.concurrent import thread_map
+from tqdm import tqdm
 
 from ctc_label_converter import columns_needed
 from image import (
@@ -47,7 +49,7 @@ from keys import (
     oddities,
     unusable,
 )
-from label import FOUND, SPLITS, LabelOptions, find_samples
+from label_file import FOUND, SPLITS, LabelOptions, find_samples
 
 RARE = 5  # a character seen less often is hardly learnt
 SHEET = 48  # images on the sheet of a data set
@@ -56,6 +58,8 @@ NEEDS_BIDI = (
     "pip install python-bidi"
 )
 WORKERS = os.cpu_count()  # a photo takes 100 MB while it is looked at
+QUICK = 0.4  # milliseconds for an image, below which threads wait for each other
+KEPT = 10000  # images that are kept decoded between the check and the training
 SHOWN = 50  # lines of problems on the screen, at most
 LEGIBLE = 10  # pixels: text that is not as high is hardly read
 
@@ -119,6 +123,8 @@ class Checked(NamedTuple):
     preprocess: a `Preprocess`.
     problems: a `Problem` for each line or image that cannot be used.
     notes: the lines of the report.
+    pixels: {path: what the preprocess makes of it}, of no image where it was not known before
+        or there are many.
     """
 
     train: list
@@ -128,6 +134,7 @@ class Checked(NamedTuple):
     preprocess: Preprocess
     problems: list
     notes: list
+    pixels: dict
 
     def widths(self, samples):
         """The pixels that each of ``samples`` is wide after preprocessing."""
@@ -169,7 +176,8 @@ def check(data, options=None, splits=SPLITS):
     notes = [found.notes[0] + split_note, *found.notes[1:], *notes]
     notes += _report(train, test, looks, alphabet)
     notes += _warnings([*train, *test], looks, preprocess)
-    return Checked(train, test, sizes, alphabet, preprocess, problems, notes)
+    pixels = {path: look.pixels for path, look in looks.items() if look.pixels is not None}
+    return Checked(train, test, sizes, alphabet, preprocess, problems, notes, pixels)
 
 
 def _wanted(samples, options, splits):
@@ -257,20 +265,36 @@ def _warnings(samples, looks, preprocess):
     ]
 
 
+def for_each(function, items, what):
+    """A list of ``function(item)``, under a bar; by threads where they help.
+
+    Args:
+        what: is done, for the bar.
+    """
+    bar, began = tqdm(total=len(items), desc=what, leave=False, unit="img"), time.perf_counter()
+    with bar, ThreadPoolExecutor(WORKERS) as pool:
+        results = []
+        while len(results) < len(items):
+            part = items[len(results) : len(results) + (64 if results else 8)]
+            quick = 1000 * (time.perf_counter() - began) <= QUICK * len(results)
+            results += map(function, part) if quick or not results else pool.map(function, part)
+            bar.update(len(part))
+    return results
+
+
 def _look_at_all(samples, options):
     """({path: `Look`}, [(sample, what is wrong with its image)])."""
     trim = options.preprocess.trim if options.preprocess else options.trim
+    keep = options.preprocess if sum(map(len, samples.values())) <= KEPT else None
 
     def look(sample):
         try:
-            return look_at(sample.path, find_text=trim is not False)
+            return look_at(sample.path, trim is not False, keep)
         except ImageError as error:
             return str(error)
 
     listed = [sample for own in samples.values() for sample in own]
-    results = thread_map(
-        look, listed, desc="checking", leave=False, unit="img", max_workers=WORKERS
-    )
+    results = for_each(look, listed, "checking")
     pairs = list(zip(listed, results, strict=True))
     looks = {sample.path: result for sample, result in pairs if isinstance(result, Look)}
     return looks, [(sample, result) for sample, result in pairs if isinstance(result, str)]

@@ -56,7 +56,7 @@ from keys import (
     load_font,
     look_at_font,
 )
-from label import SPLITS
+from label_file import SPLITS
 from line_image import LineImage
 
 
@@ -160,9 +160,9 @@ class LineText:
         can = [c for c in self.alphabet if c in can]
         for _ in range(20):
             kind = rng.random()
-            if kind < 0.68:
+            if kind < 0.67:
                 text = self._phrase()
-            elif kind < 0.78:
+            elif kind < 0.73:
                 text = "".join(rng.choices(can, k=rng.randint(self.low, self.high)))
             else:  # codes of one case
                 letters = rng.choice((CAPITALS + DIGITS, SMALL + DIGITS, DIGITS, CAPITALS, SMALL))

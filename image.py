@@ -4,10 +4,12 @@ Drawing, training and reading without PyTorch share this: which files are read, 
 image becomes before the network sees it (`Preprocess`), and how a picture is written.
 """
 
+import contextlib
 import hashlib
 import io
 import math
 import os
+import queue
 import re
 import tempfile
 import threading
@@ -43,6 +45,7 @@ SUFFIXES = (
 # What training and the check write: pictures that are no data.
 NO_FOLDERS, OUR_PICTURES = ("save_model", "__MACOSX"), (".data.png", ".mistakes.png")
 MORE = "more pages"
+ORIENTATION = 0x0112  # the EXIF tag
 PAUSES = (0.05, 0.2, 0.8)  # seconds, while another program may hold a file
 SHEET_IMAGE = (320, 96)  # pixels of an image on a contact sheet, at most
 LOOKED_AT = 2**20  # pixels, at most, in which text is looked for
@@ -236,14 +239,16 @@ def _to_rgb(image):
         raise ImageError(
             f"has {image.width}x{image.height} pixels, more than {MAX_PIXELS:,} are refused"
         )
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):
         image = _to_8_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _to_8_bits(image):
@@ -353,6 +358,7 @@ class Look(NamedTuple):
     lines: of text, as far as they can be told apart.
     more: whether its file has pages or frames that are not read.
     digest: of its pixels.
+    pixels: what a preprocess made of it, None without one.
     """
 
     size: tuple
@@ -360,13 +366,14 @@ class Look(NamedTuple):
     lines: int
     more: bool
     digest: bytes
+    pixels: np.ndarray | None = None
 
     def resized(self, trim):
         """The size of what is resized: the image, or what ``trim`` leaves of it."""
         return self.text_size if trim else self.size
 
 
-def look_at(source, find_text=True):
+def look_at(source, find_text=True, preprocess=None):
     """The `Look` of an image that `read_image` reads, and what that raises."""
     image = read_image(source)
     (left, top, right, bottom), lines = (0, 0, *image.size), 1
@@ -374,7 +381,11 @@ def look_at(source, find_text=True):
         (left, top, right, bottom), lines = find_text_lines(image)
     digest = hashlib.blake2b(image.tobytes(), digest_size=16).digest()
     more = image.info.get(MORE, False)
-    return Look(image.size, (right - left, bottom - top), lines, more, digest)
+    pixels = None
+    if preprocess:
+        with contextlib.suppress(ImageError):  # whether it fits is asked later
+            pixels = preprocess(image)
+    return Look(image.size, (right - left, bottom - top), lines, more, digest, pixels)
 
 
 def fitting_preprocess(sizes, text_sizes, needed, height=None, width=None, trim=None):
@@ -411,6 +422,42 @@ def fitting_preprocess(sizes, text_sizes, needed, height=None, width=None, trim=
     longest = sorted(needed)[int(0.995 * len(needed))]  # not that of a mistaken label
     usual = sorted(columns)[len(columns) // 2]
     return Preprocess(height, PATCH * max(usual, math.ceil(1.25 * longest)), trim)
+
+
+def as_they_come(items, most):
+    """Lists of at most ``most`` items: those that are there, one where others are waited for."""
+    if isinstance(items, list | tuple):
+        yield from (items[i : i + most] for i in range(0, len(items), most))
+        return
+    arrived, stopped = queue.Queue(most), threading.Event()
+
+    def fetch():
+        try:
+            for item in items:
+                arrived.put((item, None))
+                if stopped.is_set():
+                    return
+            arrived.put((None, StopIteration))
+        except BaseException as error:
+            arrived.put((None, error))
+
+    threading.Thread(target=fetch, daemon=True).start()
+    try:
+        end = None
+        while end is None:
+            item, end = arrived.get()
+            batch = [] if end else [item]
+            while not end and len(batch) < most and not arrived.empty():
+                item, end = arrived.get()
+                batch += [] if end else [item]
+            if batch:
+                yield batch
+        if end is not StopIteration:
+            raise end
+    finally:
+        stopped.set()
+        while not arrived.empty():  # lets the thread go on to its end
+            arrived.get()
 
 
 def check_writable(folder):

@@ -6,6 +6,7 @@
     reader.predict(["a.png", "b.jpg"])     # a list gives a list
 
     python infer_tool.py export --weights save_model/mine.pth --out mine.onnx
+    python infer_tool.py export --weights save_model/mine.pth --out mine.html   # for browsers
 
 A .pth file is read with PyTorch, an .onnx file with ONNX Runtime: then PyTorch need not
 be installed, and nothing here imports it.
@@ -19,9 +20,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports: an end without a traceb
 import argparse
 import json
 import os
-import queue
 import sys
-import threading
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +31,7 @@ import numpy as np
 from PIL import Image
 
 from ctc_label_converter import CTCLabelConverter
-from image import PATCH, ImageError, Preprocess, read_image
+from image import PATCH, ImageError, Preprocess, as_they_come, read_image, write_atomically
 from keys import command, import_or_say
 
 ROOT = Path(__file__).resolve().parent
@@ -41,11 +40,13 @@ SHIPPED_WEIGHTS = {  # TASK_nhNH_depthDEPTH.pth, and the same as .onnx
     for path in sorted((ROOT / "assets" / "weights").glob("*_nh*_depth*.pth"))
 }
 SAVE_FOLDER = Path("save_model")  # where train.py writes
+NETWORK = "begin(/* network */"  # what stands before it in a page
 # All that an exported network consists of.
 OPERATORS = {
     "Add", "Cast", "Concat", "Constant", "Conv", "Div", "Erf", "Flatten", "Gather", "Identity",
     "MatMul", "Mul", "Reshape", "Shape", "Slice", "Transpose", "Unsqueeze",
 }  # fmt: skip
+INPUT = "images"  # name of its input
 MAX_LOGITS = 2**23  # numbers of a batch, at most
 BATCH_SIZE = 64  # images per forward pass; 256 large ones leave the cache and take twice as long
 
@@ -185,8 +186,9 @@ def load_onnx(path, threads=None):
         )
         preprocess = Preprocess(**json.loads(told["preprocess"]))
         [images], [logits] = session.get_inputs(), session.get_outputs()
-        if images.type != "tensor(float)" or images.shape[1:3] != [3, preprocess.height]:
-            raise ValueError(f"the input is {images.type} {images.shape}")
+        shape = [3, preprocess.height]
+        if (images.name, images.type, images.shape[1:3]) != (INPUT, "tensor(float)", shape):
+            raise ValueError(f"the input is {images.name} {images.type} {images.shape}")
         if logits.shape[2:] != [converter.nclass]:
             raise ValueError(f"the output is {logits.shape}, {converter.nclass} classes are needed")
     except OSError as error:
@@ -195,42 +197,6 @@ def load_onnx(path, threads=None):
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
         raise ValueError(f"{path}: is not a MicroOCR network in ONNX ({reason})") from None
     return session, converter, preprocess, told.get("task")
-
-
-def as_they_come(items, most):
-    """Lists of at most ``most`` items: those that are there, one where others are waited for."""
-    if isinstance(items, list | tuple):
-        yield from (items[i : i + most] for i in range(0, len(items), most))
-        return
-    arrived, stopped = queue.Queue(most), threading.Event()
-
-    def fetch():
-        try:
-            for item in items:
-                arrived.put((item, None))
-                if stopped.is_set():
-                    return
-            arrived.put((None, StopIteration))
-        except BaseException as error:
-            arrived.put((None, error))
-
-    threading.Thread(target=fetch, daemon=True).start()
-    try:
-        end = None
-        while end is None:
-            item, end = arrived.get()
-            batch = [] if end else [item]
-            while not end and len(batch) < most and not arrived.empty():
-                item, end = arrived.get()
-                batch += [] if end else [item]
-            if batch:
-                yield batch
-        if end is not StopIteration:
-            raise end
-    finally:
-        stopped.set()
-        while not arrived.empty():  # lets the thread go on to its end
-            arrived.get()
 
 
 def end_sessions():
@@ -317,14 +283,15 @@ class RecInfer:
 
         Raises ValueError for an image that cannot be read, naming it.
         """
-        if not isinstance(image, list):
-            return self.predict([image], search)[0]
-        readings = []
-        for _, result in self.stream(image, search):
-            if isinstance(result, ValueError):
-                raise result
-            readings.append(result)
-        return readings
+        if isinstance(image, list):
+            readings = [reading for _, reading in self.stream(image, search)]
+        else:
+            self._after_fork()
+            readings = self._results([image], 0, search)
+        for reading in readings:
+            if isinstance(reading, ValueError):
+                raise reading
+        return readings if isinstance(image, list) else readings[0]
 
     def stream(self, images, search=None):
         """Read any number of images, of which only a batch is in memory at a time.
@@ -340,25 +307,27 @@ class RecInfer:
         self._after_fork()
         first = 0
         for batch in as_they_come(images, BATCH_SIZE):
-            names = [
-                source if isinstance(source, str | Path) else f"image {i}"
-                for i, source in enumerate(batch, first)
-            ]
-            if len(batch) == 1:
-                results = [self._pixels(batch[0], names[0])]
-            else:
-                # Pillow decodes outside the interpreter's lock, so threads help.
-                with ThreadPoolExecutor(os.cpu_count()) as pool:
-                    results = list(pool.map(self._pixels, batch, names))
-            readable = [i for i, views in enumerate(results) if not isinstance(views, ValueError)]
-            readings = iter(self._read([view for i in readable for view in results[i]], search))
-            for i in readable:
-                views = [next(readings) for _ in results[i]]
-                results[i] = max(
-                    views, key=lambda reading: (reading.text != "", reading.confidence)
-                )
-            yield from zip(batch, results, strict=True)
+            yield from zip(batch, self._results(batch, first, search), strict=True)
             first += len(batch)
+
+    def _results(self, batch, first, search):
+        """A `Reading` or a ValueError for each source of a batch, which are counted from first."""
+        names = [
+            source if isinstance(source, str | Path) else f"image {i}"
+            for i, source in enumerate(batch, first)
+        ]
+        if len(batch) == 1:
+            results = [self._pixels(batch[0], names[0])]
+        else:
+            # Pillow decodes outside the interpreter's lock, so threads help.
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                results = list(pool.map(self._pixels, batch, names))
+        readable = [i for i, views in enumerate(results) if not isinstance(views, ValueError)]
+        readings = iter(self._read([view for i in readable for view in results[i]], search))
+        for i in readable:
+            views = [next(readings) for _ in results[i]]
+            results[i] = max(views, key=lambda reading: (reading.text != "", reading.confidence))
+        return results
 
     def _read(self, views, search):
         """The `Reading` of each of some (3, height, W) uint8 arrays."""
@@ -371,7 +340,10 @@ class RecInfer:
             # The logits of thousands of classes in wide images take gigabytes.
             size = max(1, MAX_LOGITS * PATCH // (width * self.converter.nclass))
             for part in (group[i : i + size] for i in range(0, len(group), size)):
-                logits = self.logits(np.stack([views[i] for i in part]))
+                one = len(part) == 1  # a stack of one takes longer than all else here
+                logits = self.logits(
+                    views[part[0]][None] if one else np.stack([views[i] for i in part])
+                )
                 if search is None:
                     found = self.converter.decode(logits)
                 else:
@@ -408,7 +380,7 @@ class RecInfer:
         session = self.session
         if session is None:
             session = self.session = load_onnx(self.weights, self.threads)[0]
-        return session.run(None, {session.get_inputs()[0].name: images})[0]
+        return session.run(None, {INPUT: images})[0]
 
 
 def export(weights, out):
@@ -440,10 +412,10 @@ def export(weights, out):
                 recogniser.model,
                 torch.zeros(1, 3, height, width or 4 * height),
                 str(scratch),
-                input_names=["images"],
+                input_names=[INPUT],
                 output_names=["logits"],
                 dynamic_axes={
-                    "images": {0: "N", 3: "W"},
+                    INPUT: {0: "N", 3: "W"},
                     "logits": {0: "N", 1: f"W/{PATCH}"},
                 },
                 opset_version=17,
@@ -460,6 +432,23 @@ def export(weights, out):
     finally:
         scratch.unlink(missing_ok=True)
     return compared
+
+
+def export_page(weights, out):
+    """Write the checkpoint ``weights`` as one HTML file that reads in any browser.
+
+    It is assets/reader.html with another network. Raises ValueError as `export`.
+    """
+    from model import browser_network
+
+    network = json.dumps({"name": weights.stem, **browser_network(_load_checkpoint(weights))})
+    page = (ROOT / "assets" / "reader.html").read_text(encoding="utf-8")
+    before, _, after = page.rpartition(NETWORK)
+    content = before + NETWORK + network.replace("<", "\\u003c") + after[after.index(");\n") :]
+    try:
+        write_atomically(out, content.encode("utf-8"))
+    except OSError as error:
+        raise ValueError(str(error)) from None
 
 
 def metadata(recogniser):
@@ -519,18 +508,26 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("export", help="write a checkpoint as an ONNX file")
+    command = commands.add_parser("export", help="write a checkpoint as ONNX or as a page")
     command.add_argument(
         "--weights",
         type=Path,
         help="checkpoint (default: the last one in save_model/, else the shipped one)",
     )
     command.add_argument(
-        "--out", type=Path, metavar="W.onnx", help="(default: the checkpoint's name with .onnx)"
+        "--out",
+        type=Path,
+        metavar="OUT",
+        help="W.onnx, or W.html for a page that reads in any browser (default: the checkpoint's "
+        "name with .onnx)",
     )
     args = parser.parse_args()
     weights = args.weights or latest_weights()
     out = args.out or weights.with_suffix(".onnx")
+    if out.suffix == ".html":
+        export_page(weights, out)
+        print(f"{out}: {out.stat().st_size:,} bytes, open it in a browser")
+        return
     count, difference = export(weights, out)
     print(
         f"{out}: {out.stat().st_size:,} bytes, the same texts as {weights} on {count} images, "

@@ -1,550 +1,550 @@
-"""Where the labels of images are kept: every form that people have is read, or refused.
+"""Label images in the browser, with the reader's help: Enter accepts what it reads.
 
-A data set is a folder, or one file that names its images. Of a folder these are taken, the
-first that is there:
+    python label.py my_images                # the least sure readings first
+    python label.py my_images --check        # labels that the network disagrees with first
+    python label.py my_images --order files --train-every 0
 
-    train.* and test.* (or val.*, valid.*, dev.*)    label files, or folders that hold either
-    one file that names the images                   of any name
-    x.gt.txt or x.txt beside x.png                   the text of one image each
-    8npd5.png, 8npd5-0.png                           the names of the images are their labels
-
-A label file is UTF-8. It has lines of image<TAB>text, image text, or image, "text"; or it is a
-table with or without a header, JSON (image to text, or a list of objects) or JSON lines.
+Labels are in labels.txt beside the images, or where they already were (as image<TAB>text), for
+`train.py --data my_images`; images that nobody can read are in unreadable.txt. What was there
+before is kept as NAME.before. Each label is on the disk before the next image is shown.
 """
 
-import contextlib
-import csv
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports: an end without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import argparse
+import hmac
+import io
+import itertools
 import json
 import os
 import re
+import secrets
+import subprocess
+import sys
+import tempfile
+import threading
+import webbrowser
+from collections import defaultdict, deque
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
-from image import SUFFIXES, ImageFinder, find_images
-from keys import NOT_UTF8, labels_of_names, text_lines
+import numpy as np
+from filelock import FileLock, Timeout  # which PyTorch depends on
+from PIL import Image
 
-SPLITS = ("train", "test")
-# Names of label files and folders, the best first.
-SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "test": ("test", "testing", "val", "valid", "validation", "dev", "eval"),
+from ctc_label_converter import Reading, Search
+from image import ImageError, find_images, look_at, read_image, write_atomically
+from infer_tool import ROOT, SAVE_FOLDER, SHIPPED_WEIGHTS, RecInfer, latest_weights
+from keys import command, named, unusable
+from label_file import UNREADABLE, LabelOptions, find_samples
+
+FILES = {"all": "labels.txt", "train": "train.txt", "test": "test.txt"}
+AHEAD = 6  # images that the page is told of
+CHUNK = 32  # images that are read at a time
+RECENT = 50  # accepted labels over which is counted how many were read right
+SHOWN = (1600, 400)  # pixels of an image on the page, at most
+MOST_BYTES = 2**16  # of a request
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src "
+    "'unsafe-inline'; img-src 'self'; connect-src 'self'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
 }
-KINDS = (".txt", ".csv", ".tsv", ".json", ".jsonl")
-IMAGE_COLUMNS = {
-    "image", "images", "img", "file", "filename", "file_name", "image_name", "img_name",
-    "image_file", "path", "filepath", "file_path", "image_path", "img_path", "image_id", "id",
-    "name", "url",
-}  # fmt: skip
-TEXT_COLUMNS = {
-    "text", "texts", "label", "labels", "word", "words", "value", "values", "plate", "plate_text",
-    "plate_number", "number", "transcription", "transcript", "ground_truth", "gt", "caption",
-    "string", "target", "content", "annotation", "reading", "solution", "captcha",
-}  # fmt: skip
-WHICH = "{}: which label file is meant, {}? Name it: --data FILE"
-SNIFFED = 200  # lines that decide how a file is understood
-TABBED, SPACED = "image<TAB>text", "image text"
 
 
-class Problem(NamedTuple):
-    """What cannot be used, and why.
+@dataclass
+class Item:
+    """An image of the folder.
 
-    place: the line or file, "train.txt:7", and the image if that is another.
-    text: continues a sentence about it.
+    name: its path in the label file. digest: of its pixels. version: of the network that
+    ``reading`` is of. problem: why it cannot be read.
     """
 
-    place: str
-    text: str
-
-    def __str__(self):
-        return f"{self.place}: {self.text}"
-
-
-class Sample(NamedTuple):
-    """An image of a data set.
-
-    where: its place, "train.txt:7" or the image's path.
-    path: of the image.
-    label: its text.
-    """
-
-    where: str
     path: Path
-    label: str
-
-    def problem(self, text):
-        """The `Problem` that ``text`` says of the image."""
-        place = self.where if self.where == str(self.path) else f"{self.where}: {self.path}"
-        return Problem(place, text)
-
-
-class Found(NamedTuple):
-    """The samples of a data set, before anybody has looked at its images.
-
-    samples: {"train": [`Sample`], "test": [...], "all": [...]}, "all" still has to be split.
-    problems: a `Problem` for each line or name that is no sample.
-    notes: what was taken for the labels, and what was passed over.
-    """
-
-    samples: dict
-    problems: list
-    notes: list
+    name: str
+    digest: bytes | None = None
+    reading: Reading | None = None
+    version: int = 0
+    problem: str | None = None
 
 
-class Rows(NamedTuple):
-    """What a label file holds.
+class LabelStore:
+    """The labels of a folder's images, as they are on the disk.
 
-    entries: [(line number, image as written, text)].
-    problems: a `Problem` for each of the lines that are no entry.
-    form: how it was understood, in words.
-    """
-
-    entries: list
-    problems: list
-    form: str
-
-
-@dataclass(frozen=True)
-class LabelOptions:
-    """What flags say of how labels are kept.
+    Args:
+        folder: of the images.
+        names: whether their names are labels, where nothing else is.
 
     Attributes:
-        separator: what ends a label in a file name, "" for nothing. None: find it.
-        regex: of file names without suffix, whose first group is the label. None: none.
-        image_column, text_column: of tables, a name or a number from 1. None: find them.
+        texts: {name: text}.
+        unreadable: {name: None}, in the order in which they were marked.
+        notes: what was taken in.
+
+    Raises ValueError where existing labels are not understood or the folder cannot be written to.
     """
 
-    separator: str | None = None
-    regex: str | None = None
-    image_column: str | None = None
-    text_column: str | None = None
-
-
-FOUND = LabelOptions()  # all of it is to be found out
-
-
-def read_label_file(path, options=FOUND):
-    """Read a label file of any form, see above.
-
-    Returns:
-        [(line number, image path as written, label)], blank lines left out.
-
-    Raises ValueError naming every line that is no entry, or a file that is not understood.
-    """
-    path = Path(path)
-    rows = _read(path, ImageFinder(path.parent), options)
-    if rows.problems:
-        raise ValueError("\n".join(map(str, rows.problems)))
-    return rows.entries
-
-
-def _read(path, images, options):
-    """The `Rows` of a label file. Raises ValueError where it is not understood."""
-    lines, problems = _lines(path)
-    start = lines[0][1].lstrip()[:1] if lines else ""
-    each = len(lines) > 1 and lines[0][1].rstrip().endswith("}")  # an object per line
-    if not lines and not problems:
-        raise ValueError(f"{path}: the data set is empty, it needs lines of image<TAB>label")
-    if path.suffix.lower() == ".jsonl" or (start == "{" and each):
-        rows = _read_json(path, lines, images, options)
-    elif path.suffix.lower() == ".json" or start in ("{", "["):
-        text = "\n".join(line for _, line in lines)
-        rows = _read_json(path, [(1, text)], images, options)
-    else:
-        rows = _read_lines(path, lines, images, options)
-    return rows._replace(problems=[*problems, *rows.problems])
-
-
-def _lines(path):
-    """[(line number, text)] of the lines that are not blank, and a `Problem` for the others."""
-    lines, bad = text_lines(path)
-    return lines, [Problem(f"{path}:{number}", NOT_UTF8) for number in bad]
-
-
-def _read_json(path, texts, images, options):
-    """The `Rows` of [(line number, JSON)]: {image: text}, [{...}, ...], or an object per line."""
-    found, problems = [], []
-    for number, text in texts:
+    def __init__(self, folder, names=False):
+        self.folder = folder
+        found = find_samples(folder, LabelOptions(names=names))
+        self.texts, self.unreadable, self.notes = {}, {}, found.notes
+        self._split_of, self._sources = {}, set()
+        self._split_for_new = "train" if found.samples["train"] else "all"
+        for split, samples in found.samples.items():
+            for sample in samples:
+                name = self.name_of(sample.path)
+                self.texts[name] = sample.label
+                self._split_of[name] = split
+                if sample.where != str(sample.path):
+                    self._sources.add(Path(sample.where.rpartition(":")[0]))
+        marked = folder / UNREADABLE
+        if marked.is_file():
+            self.unreadable = dict.fromkeys(marked.read_text(encoding="utf-8").splitlines())
         try:
-            # Pairs, so that an image with two labels has two.
-            found.append((number, json.loads(text, object_pairs_hook=tuple)))
-        except ValueError as error:
-            problems.append(Problem(f"{path}:{number}", f"is no JSON ({error})"))
-    if len(texts) == 1 and found and isinstance(found[0][1], list | tuple):
-        found = list(enumerate(found[0][1], 1))  # one text for all: its entries count as lines
-    if found and all(isinstance(entry, tuple) and _is_pair(entry) for _, entry in found):
-        table = [(number, list(pair)) for number, pair in found]
-        return _rows(path, table, (2, 0, 1), "JSON, image to text", problems)
-    objects = [
-        (number, dict(entry))
-        for number, entry in found
-        if isinstance(entry, tuple) and entry and all(map(_is_pair, entry))
-    ]
-    if problems and not found:
-        raise ValueError(str(problems[0]))
-    if not objects or len(objects) < len(found):
-        raise ValueError(f"{path}: needs an object image to text, or a list of objects")
-    names = list(dict.fromkeys(name for _, entry in objects[:SNIFFED] for name in entry))
-    table = [(number, [entry.get(name) for name in names]) for number, entry in objects]
-    image, text = _choose_columns(path, names, table, images, options)
-    form = f"JSON, {names[image]} and {names[text]}"
-    return _rows(path, table, (len(names), image, text), form, problems)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise ValueError(f"{folder}: cannot be written to ({error.strerror})") from None
+
+    def name_of(self, path):
+        """How an image is written in a label file."""
+        return Path(os.path.relpath(path, self.folder)).as_posix()
+
+    def _content(self, split):
+        lines = (
+            f"{name}\t{text}\n"
+            for name, text in self.texts.items()
+            if self._split_of.get(name, self._split_for_new) == split
+        )
+        return "".join(lines).encode("utf-8")
+
+    def _keep_sources(self):
+        """Set the label files that were taken in aside, unless they stay as they are."""
+        ours = {self.folder / FILES[split]: self._content(split) for split in FILES}
+        for path in self._sources:
+            if (content := path.read_bytes()) == ours.get(path):
+                continue
+            names = (path.with_name(f"{path.name}.before{n or ''}") for n in itertools.count())
+            kept = next(name for name in names if not name.exists())
+            write_atomically(kept, content)
+            for split in FILES:  # complete before the other goes
+                self._write(split)
+            if path not in ours:
+                path.unlink()
+        self._sources = set()
+
+    def _write(self, split):
+        path, content = self.folder / FILES[split], self._content(split)
+        if content or path.exists():
+            write_atomically(path, content)
+
+    def accept(self, names, text):
+        """Make ``text`` the label of some images, on the disk."""
+        self._keep_sources()
+        was_marked = [name for name in names if self.unreadable.pop(name, self) is None]
+        self.texts.update(dict.fromkeys(names, text))
+        for split in {self._split_of.get(name, self._split_for_new) for name in names}:
+            self._write(split)
+        if was_marked:
+            self._write_unreadable()
+
+    def mark(self, name):
+        """Make an image one that nobody can read, on the disk."""
+        self._keep_sources()
+        self.unreadable[name] = None
+        self._write_unreadable()
+        if self.texts.pop(name, None) is not None:
+            self._write(self._split_of.get(name, self._split_for_new))
+
+    def _write_unreadable(self):
+        content = "".join(f"{name}\n" for name in self.unreadable)
+        write_atomically(self.folder / UNREADABLE, content.encode("utf-8"))
 
 
-def _is_pair(value):
-    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str)
-
-
-def _rows(path, table, columns, form, problems=()):
-    """The `Rows` of [(number, fields)].
+class Labelling:
+    """What the page shows and asks for. Its methods may be called from several threads.
 
     Args:
-        columns: (number of fields, the image's, the text's).
-        problems: of lines that are not in the table.
+        args: of the command line.
     """
-    count, image, text = columns
-    entries, problems = [], list(problems)
-    for number, row in table:
-        problem = None
-        if len(row) < 2:
-            what = {TABBED: "tab", SPACED: "space"}.get(form, "delimiter")
-            problem = f"no {what} between the image's path and its label"
-        elif len(row) != count:
-            problem = f"has {len(row)} columns, not {count}"
-        elif not isinstance(row[image], str) or not isinstance(row[text], str):
-            problem = "holds no text in quotes for its image or its label"
-        elif not row[image]:
-            problem = "no image path before the label"
-        elif not row[text]:
-            problem = "the label is empty"
-        if problem:
-            problems.append(Problem(f"{path}:{number}", problem))
+
+    def __init__(self, args):
+        self.args, self.lock = args, threading.RLock()
+        self.work = threading.Condition(self.lock)
+        self.store = LabelStore(args.folder, args.check)
+        inside = args.folder.resolve()
+        paths = [p for p in find_images(args.folder) if p.resolve().is_relative_to(inside)]
+        names = [self.store.name_of(path) for path in paths]
+        for name in filter(unusable, names):
+            raise ValueError(f"{name!r}: no label file can hold this name, rename the image")
+        self.items = [Item(*pair) for pair in zip(paths, names, strict=True)]
+        self.alike = defaultdict(list)  # digest: names
+        self.seen, self.right, self.history = set(), deque(maxlen=RECENT), deque(maxlen=1000)
+        self.version, self.accepted, self.training, self.trained = 1, 0, None, ""
+        self.checkpoint = args.weights or latest_weights()
+        fast = self.checkpoint in SHIPPED_WEIGHTS.values() and find_spec("onnxruntime")
+        self.reader = RecInfer(self.checkpoint.with_suffix(".onnx") if fast else self.checkpoint)
+        threading.Thread(target=self._read_on, daemon=True).start()
+
+    def _read_on(self):
+        """Read what is not read yet by the newest network, for ever."""
+        size = 8  # something to show soon
+        while True:
+            with self.lock:
+                version, reader = self.version, self.reader
+                old = (i for i in self.items if i.version < version and not i.problem)
+                wanted = (i for i in old if self.args.check or not self._is_done(i))
+                todo = list(itertools.islice(wanted, size))
+                if not todo:
+                    self.work.wait()
+                    continue
+            size = CHUNK
+            self._read(todo, reader, version)
+
+    def _read(self, items, reader, version):
+        for item in items:
+            try:
+                item.digest = item.digest or look_at(item.path, find_text=False).digest
+            except ImageError as error:
+                item.problem = f"{item.name}: {error}"
+        items = [item for item in items if not item.problem]
+        results = [result for _, result in reader.stream([item.path for item in items])]
+        with self.lock:
+            for item, result in zip(items, results, strict=True):
+                item.version = version
+                if isinstance(result, ValueError):
+                    item.problem = str(result)
+                    continue
+                item.reading = result
+                names = self.alike[item.digest]
+                if item.name in names:
+                    continue
+                names.append(item.name)
+                text = next((t for t in map(self.store.texts.get, names) if t), None)
+                if text and not self._is_done(item):  # it looks like one that is labelled
+                    self.store.accept([item.name], text)
+
+    def _is_done(self, item):
+        return item.name in self.store.texts or item.name in self.store.unreadable
+
+    def _queue(self):
+        """The numbers of the images that come next, the first one first."""
+        check, places = self.args.check, {}
+        for i, item in enumerate(self.items):
+            if i in self.seen or item.problem or not item.reading:
+                continue
+            sure, label = item.reading.confidence, self.store.texts.get(item.name)
+            if check and label is not None:
+                places[i] = (label == item.reading.text, -sure)
+            elif not check and not self._is_done(item):
+                places[i] = {"unsure": sure, "sure": -sure, "files": i}[self.args.order]
+        return sorted(places, key=places.get)[:AHEAD]
+
+    def describe(self, index):
+        """An image as the page needs it."""
+        item = self.items[index]
+        reading = item.reading or Reading("", 0.0, [])
+        return {
+            "id": index,
+            "name": item.name,
+            "text": reading.text,
+            "characters": list(zip(reading.text, reading.char_confidences, strict=True)),
+            "label": self.store.texts.get(item.name),
+            "unreadable": item.name in self.store.unreadable,
+            "problem": item.problem,
+            "version": item.version,
+        }
+
+    def state(self):
+        """What comes next, and how far it is."""
+        with self.lock:
+            rest = [item for item in self.items if not self._is_done(item)]
+            sure = [item.reading.confidence for item in rest if item.reading]
+            problems = [item.problem for item in self.items if item.problem]
+            return {
+                "items": [self.describe(i) for i in self._queue()],
+                "total": len(self.items),
+                "labelled": sum(item.name in self.store.texts for item in self.items),
+                "unreadable": len(self.store.unreadable),
+                "problems": [len(problems), *problems[:1]],
+                "unread": sum(not (item.reading or item.problem) for item in rest),
+                "sure": sum(sure) / len(sure) if sure else None,
+                "right": [sum(self.right), len(self.right)],
+                "training": self.trained if self.training is None else "training in the background",
+                "history": list(self.history),
+                "check": self.args.check,
+            }
+
+    def accept(self, index, text):
+        """Take a label, write it, and maybe begin a training."""
+        text = text.strip() if isinstance(text, str) else ""
+        if not text:
+            raise ValueError("a label needs a character; Esc marks what nobody can read")
+        if unusable(text):
+            raise ValueError(f"a label cannot hold {named(unusable(text)[0])}")
+        with self.lock:
+            item = self.items[index]
+            before = self.store.texts.get(item.name)
+            alike = [
+                name
+                for name in self.alike.get(item.digest, ())
+                if self.store.texts.get(name) == before and name not in self.store.unreadable
+            ]
+            self.store.accept(list(dict.fromkeys([item.name, *alike])), text)
+            self.skip(index)
+            if item.reading and before is None:
+                self.right.append(text == item.reading.text)
+            self.accepted += 1
+            every = self.args.train_every
+            if every and self.accepted >= every and not self.training:
+                self.accepted, self.training = 0, threading.Thread(target=self._train, daemon=True)
+                self.training.start()
+
+    def mark(self, index):
+        """Take an image as unreadable."""
+        with self.lock:
+            self.store.mark(self.items[index].name)
+            self.skip(index)
+
+    def skip(self, index):
+        """Do not show an image again, unless it is asked for."""
+        with self.lock:
+            self.seen.add(index)
+            if index not in self.history:
+                self.history.append(index)
+
+    def _train(self):
+        """Train on what is labelled, from the last weights, and read the rest anew."""
+        with tempfile.TemporaryDirectory() as scratch:
+            shipped = (
+                self.checkpoint in SHIPPED_WEIGHTS.values() or self.checkpoint.suffix != ".pth"
+            )
+            start = [] if shipped else ["--weights", str(self.checkpoint), "--fine-tune"]
+            data = ["--data", str(self.args.folder.resolve()), "--skip-bad", "--out", scratch]
+            self.process = process = subprocess.Popen(
+                [sys.executable, str(ROOT / "train.py"), *data, *start],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                encoding="utf-8",
+                # It runs beside the reader: threads that wait for each other would stop both.
+                env={"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2)), **os.environ},
+            )
+            out, problems = process.communicate()
+            reader, said = None, f"the training failed: {problems.strip()[-300:]}"
+            try:
+                for path in Path(scratch).glob("*.pth") if process.returncode == 0 else ():
+                    kept = SAVE_FOLDER / f"{path.stem}.label.pth"
+                    SAVE_FOLDER.mkdir(exist_ok=True)
+                    write_atomically(kept, path.read_bytes())
+                    accuracy = re.search(r"^test images: (word accuracy .*)$", out, re.M)
+                    reader, said = RecInfer(kept), f"{kept}: {accuracy[1] if accuracy else ''}"
+            except (ValueError, OSError) as error:
+                said = f"the training failed: {error}"
+        with self.lock:
+            if reader:
+                self.checkpoint, self.reader = reader.weights, reader
+                self.version += 1
+            print(said, flush=True)
+            self.training, self.trained = None, said
+            self.work.notify_all()
+
+    def second(self, index):
+        """The second best reading of an image."""
+        with self.lock:
+            reader, path = self.reader, self.items[index].path
+        reading = reader.predict(path, Search(top=2))
+        others = [text for text, _ in reading.alternatives]
+        first = self.items[index].reading
+        return next((t for t in (*others, reading.text) if first and t != first.text), "")
+
+    def picture(self, index, as_network):
+        """An image as PNG: as it is, or as the network gets it. Raises ImageError."""
+        path = self.items[index].path
+        if not path.resolve().is_relative_to(self.args.folder.resolve()):
+            raise ImageError("is not in the folder")
+        image = read_image(path)
+        if as_network:
+            views = [np.moveaxis(view, 0, 2) for view in self.reader.preprocess.views(image)]
+            size = max(view.shape[1] for view in views), sum(view.shape[0] + 4 for view in views)
+            image = Image.new("RGB", (size[0], size[1] - 4), "white")
+            for i, view in enumerate(views):
+                image.paste(Image.fromarray(view), (0, i * (view.shape[0] + 4)))
+        image.thumbnail(SHOWN)
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG", compress_level=1)
+        return buffer.getvalue()
+
+
+class Server(ThreadingHTTPServer):
+    """Listens to the browser. It has a ``labelling`` and a ``token``."""
+
+    def handle_error(self, request, client_address):
+        """Browsers break connections off when a page is left."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers the page of a `Server`, and nobody else."""
+
+    protocol_version = "HTTP/1.1"
+    timeout = 60  # seconds that an idle connection is kept
+
+    def log_message(self, *_):
+        """Requests are not printed."""
+
+    def _answer(self, status, content, kind="application/json", cache="no-store"):
+        if kind == "application/json":
+            content = json.dumps(content).encode("utf-8")
+        self.send_response(status)
+        headers = {"Content-Type": kind, "Content-Length": len(content), "Cache-Control": cache}
+        for name, value in (HEADERS | headers).items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def _refuse(self, status, reason):
+        self.close_connection = True
+        self._answer(status, {"error": reason})
+
+    def _parts(self):
+        """The parts of the path behind the token, None where the request was refused."""
+        port = self.server.server_port
+        hosts = {f"127.0.0.1:{port}", f"localhost:{port}"}
+        origin = self.headers.get("Origin")
+        if self.headers.get("Host") not in hosts:
+            return self._refuse(403, "this address is not the page's")
+        if origin is not None and origin.removeprefix("http://") not in hosts:
+            return self._refuse(403, "the request comes from another page")
+        token, *parts = self.path.partition("?")[0].removeprefix("/").split("/")
+        if not hmac.compare_digest(token.encode(), self.server.token.encode()):
+            return self._refuse(403, "the address lacks the token that label.py printed")
+        return parts
+
+    def _index(self, text):
+        if not re.fullmatch(r"[0-9]{1,9}", str(text)):
+            return None
+        return int(text) if int(text) < len(self.server.labelling.items) else None
+
+    def do_GET(self):
+        parts, labelling = self._parts(), self.server.labelling
+        if parts is None:
+            return
+        index = self._index(parts[1]) if len(parts) == 2 else None
+        if parts == [""]:
+            page = (ROOT / "assets" / "label.html").read_bytes()
+            self._answer(200, page, "text/html; charset=utf-8")
+        elif parts == ["state"]:
+            self._answer(200, labelling.state())
+        elif index is None:
+            self._refuse(404, "there is no such page")
+        elif parts[0] == "item":
+            self._answer(200, labelling.describe(index))
+        elif parts[0] == "second":
+            self._try(lambda: {"text": labelling.second(index)})
+        elif parts[0] in ("image", "network"):
+            try:
+                content = labelling.picture(index, parts[0] == "network")
+            except ImageError as error:
+                return self._answer(422, {"error": f"{labelling.items[index].name}: {error}"})
+            self._answer(200, content, "image/png", "private, max-age=600")
         else:
-            entries.append((number, row[image], row[text]))
-    return Rows(entries, problems, form)
+            self._refuse(404, "there is no such page")
+
+    def do_POST(self):
+        parts, labelling = self._parts(), self.server.labelling
+        if parts is None:
+            return
+        size = self.headers.get("Content-Length", "")
+        if not size.isdecimal() or int(size) > MOST_BYTES:
+            return self._refuse(413, "the request is too large")
+        if self.headers.get("Content-Type") != "application/json":
+            return self._refuse(415, "the request is no JSON")
+        try:
+            told = json.loads(self.rfile.read(int(size)))
+            index = self._index(told["id"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return self._refuse(400, "the request is not understood")
+        acts = {
+            "accept": lambda: labelling.accept(index, told.get("text")),
+            "unreadable": lambda: labelling.mark(index),
+            "skip": lambda: labelling.skip(index),
+        }
+        if index is None or "/".join(parts) not in acts:
+            return self._refuse(404, "there is no such page")
+        self._try(lambda: acts[parts[0]]() or labelling.state())
+
+    def _try(self, act):
+        """Answer with what ``act`` returns, or with the sentence of what it raises."""
+        try:
+            self._answer(200, act())
+        except (ValueError, OSError) as error:
+            self._answer(422, {"error": str(error)})
 
 
-def _choose_columns(path, names, table, images, options):
-    """(index of the image's column, index of the text's) of a table whose columns have names.
-
-    Raises ValueError, which names the columns and the flags, where more than one or none
-    could be meant.
-    """
-    chosen = []
-    for given, known, flag in (
-        (options.image_column, IMAGE_COLUMNS, "--image-column"),
-        (options.text_column, TEXT_COLUMNS, "--text-column"),
-    ):
-        found = [i for i, name in enumerate(names) if _simple(name) in known]
-        if known is IMAGE_COLUMNS and len(found) > 1:  # an id is an image only if it names one
-            found = [i for i in found if _hits(table, images, i)] or found
-        if not found and len(names) == 2 and chosen:  # the other one
-            found = [1 - chosen[0]]
-        if given is not None:
-            found = [_given_column(path, names, given, flag)]
-        if len(found) != 1:
-            shown = ", ".join(names[i] for i in found) or ", ".join(map(str, names))
-            kind = "more than one column could be meant" if found else "no column is known"
-            raise ValueError(f"{path}:1: {kind}, choose with {flag}: {shown}")
-        chosen += found
-    return chosen
-
-
-def _simple(name):
-    return re.sub(r"[\s-]+", "_", str(name).strip().lower())
-
-
-def _given_column(path, names, given, flag):
-    if given in names:
-        return names.index(given)
-    if given.isdecimal() and 1 <= int(given) <= len(names):
-        return int(given) - 1
-    raise ValueError(f"{path}:1: {flag} {given}: the columns are {', '.join(map(str, names))}")
-
-
-def _hits(table, images, column=None):
-    """How many of the first rows name an image, in a column or in any of several."""
-    rows = [row for _, row in table[:SNIFFED] if len(row) > 1]
-    if column is not None:
-        rows = [[row[column]] for row in rows if len(row) > column]
-    return sum(any(isinstance(v, str) and images.find(v) is not None for v in row) for row in rows)
-
-
-def _read_lines(path, lines, images, options):
-    """The `Rows` of a text file: of the delimiters the one with which most images are named."""
-    first = lines[:SNIFFED]
-    delimiters = [d for d in "\t;," if any(d in line for _, line in first)]
-    hits = {}
-    for d in delimiters:
-        with contextlib.suppress(ValueError):  # it is no table of this kind
-            hits[d] = _hits(_split_lines(path, first, d), images)
-    hits[" "] = _hits(_split_at_spaces(first, images), images, 0)
-    best = max(hits.values())
-    if best == 0 and "\t" not in delimiters:
-        named = images.find(lines[0][1].strip())
-        why = "it has no text behind the image" if named else "no image of this name is there"
-        raise ValueError(
-            f"{path}:{lines[0][0]}: is not understood, {why}: {lines[0][1][:60]!r}; write "
-            "image<TAB>text"
-        )
-    # Where no image is there at all, it is the images that are missing.
-    delimiter = next(d for d, count in hits.items() if count == best)
-    if delimiter == " ":
-        return _rows(path, _split_at_spaces(lines, images), (2, 0, 1), SPACED)
-    return _read_table(path, _split_lines(path, lines, delimiter), delimiter, images, options)
-
-
-def _split_lines(path, lines, delimiter):
-    """[(line number, fields)]. Quotes count in tables, not where a tab alone separates."""
-    if delimiter == "\t" and path.suffix not in (".tsv", ".csv"):
-        return [(number, line.split("\t")) for number, line in lines]
-    escaped = any('\\"' in line for _, line in lines)
-    reader = csv.reader(
-        (line + "\n" for _, line in lines),
-        delimiter=delimiter,
-        skipinitialspace=True,
-        escapechar="\\" if escaped else None,
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    table, began = [], 0
+    parser.add_argument("folder", type=Path, help="of the images")
+    parser.add_argument(
+        "--weights", type=Path, help="(default: the last in save_model/, else the general network)"
+    )
+    parser.add_argument("--check", action="store_true", help="look at labels, doubtful ones first")
+    parser.add_argument(
+        "--order",
+        choices=("unsure", "sure", "files"),
+        default="unsure",
+        help="which images come first (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--train-every",
+        type=int,
+        default=50,
+        metavar="N",
+        help="train in the background after N labels, 0: never (default: %(default)s)",
+    )
+    parser.add_argument("--port", type=int, default=0, help="(default: a free one)")
+    parser.add_argument("--no-browser", action="store_true", help="only print the address")
+    args = parser.parse_args()
+    if not args.folder.is_dir():
+        raise ValueError(f"{args.folder}: there is no such folder")
+    if not 0 <= args.port < 65536 or args.train_every < 0:
+        raise ValueError("--port is 0 to 65535, --train-every at least 0")
+    return args
+
+
+def main():
+    args = parse_args()
+    lock = FileLock(args.folder / ".label.lock")
     try:
-        for row in reader:
-            table.append((lines[began][0], row))
-            began = reader.line_num
-    except csv.Error as error:
-        raise ValueError(f"{path}:{lines[began][0]}: {error}") from None
-    return table
-
-
-def _split_at_spaces(lines, images):
-    """[(line number, [image, text])], at the first space that an image's name stands before."""
-    table = []
-    for number, line in lines:
-        places = [match.start() for match in re.finditer(" ", line)]
-        at = next((i for i in places[:8] if images.find(line[:i])), places[0] if places else None)
-        table.append((number, [line] if at is None else [line[:at], line[at + 1 :]]))
-    return table
-
-
-def _read_table(path, table, delimiter, images, options):
-    """The `Rows` of [(number, fields)] with or without a header."""
-    form = {"\t": TABBED, ",": "comma-separated", ";": "semicolon-separated"}[delimiter]
-    names = table[0][1]
-    simple = {_simple(name) for name in names}
-    given = {options.image_column, options.text_column} - {None}
-    known = simple & IMAGE_COLUMNS and (simple & TEXT_COLUMNS or len(names) == 2)
-    if not any(map(images.find, names)) and (known or given & set(names)):
-        image, text = _choose_columns(path, names, table[1:], images, options)
-        form += f", columns {names[image]} and {names[text]}"
-        return _rows(path, table[1:], (len(names), image, text), form)
-    counts = sorted(len(row) for _, row in table[:SNIFFED])
-    usual = max(2, counts[len(counts) // 2])
-    if given:
-        numbers = [str(i + 1) for i in range(usual)]
-        image = _given_column(path, numbers, options.image_column or "1", "--image-column")
-        text = _given_column(path, numbers, options.text_column or "2", "--text-column")
-        return _rows(path, table, (usual, image, text), f"{form}, columns {image + 1}, {text + 1}")
-    if usual > 2:
-        raise ValueError(
-            f"{path}:{table[0][0]}: has {usual} columns and no header that is known, choose with "
-            f"--image-column 1 --text-column 2: {', '.join(map(repr, names))}"
-        )
-    # The image may stand behind the text.
-    turned = _hits(table, images, 1) > _hits(table, images, 0)
-    return _rows(path, table, (2, 1, 0) if turned else (2, 0, 1), form)
-
-
-def _named(folder, paths, options):
-    """The `Found` of images whose names are their labels."""
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{args.folder}: is being labelled by another label.py") from None
+    except OSError as error:
+        raise ValueError(f"{args.folder}: cannot be written to ({error.strerror})") from None
     try:
-        labels, rule = labels_of_names([path.stem for path in paths], options)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
-    samples, problems = [], []
-    for path, label in zip(paths, labels, strict=True):
-        if label:
-            samples.append(Sample(str(path), path, label))
-        else:
-            problems.append(Problem(str(path), f"its name holds no label {rule}"))
-    notes = [f"labels are the file names, {rule}"]
-    ignored = sorted(path.name for path in folder.rglob("*") if path.is_file())
-    ignored = [name for name in ignored if not name.lower().endswith(SUFFIXES)]
-    if ignored:
-        shown = ", ".join(ignored[:5]) + (", ..." if len(ignored) > 5 else "")
-        notes.append(f"{len(ignored)} other files are not read: {shown}")
-    return Found({"all": samples}, problems, notes)
+        server = Server(("127.0.0.1", args.port), Handler)
+    except OSError as error:
+        raise ValueError(f"--port {args.port}: {error.strerror}, choose another") from None
+    server.labelling, server.token = Labelling(args), secrets.token_urlsafe(24)
+    address = f"http://127.0.0.1:{server.server_port}/{server.token}/"
+    print(f"{server.labelling.store.notes[0]}\n{address}\nCtrl-C ends it", flush=True)
+    if not args.no_browser and not webbrowser.open(address):
+        print("no browser was found: open the address above in one", file=sys.stderr)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print("all that was accepted is on the disk", file=sys.stderr)
+    finally:
+        if server.labelling.training:
+            server.labelling.process.kill()
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
 
 
-def _beside(paths):
-    """{image: file with its text} of images that have one: x.gt.txt or x.txt beside x.png."""
-    found = {}
-    for path in paths:
-        stem = path.name.removesuffix(path.suffix)
-        for name in (stem, re.sub(r"\.(nrm|bin)$", "", stem)):
-            texts = [path.with_name(f"{name}{kind}") for kind in (".gt.txt", ".txt")]
-            text = next((text for text in texts if text.is_file()), None)
-            if text:
-                found[path] = text
-                break
-    return found
-
-
-def _from_texts(paths, beside):
-    """The `Found` of images with a text file each."""
-    samples, problems = [], []
-    for path in paths:
-        if path not in beside:
-            problems.append(Problem(str(path), "has no text beside it, as others have"))
-            continue
-        lines, bad = _lines(beside[path])
-        problems += bad
-        if len(lines) == 1:
-            samples.append(Sample(str(path), path, lines[0][1]))
-        elif not bad:
-            problem = f"has {len(lines)} lines of text, one is needed"
-            problems.append(Problem(str(beside[path]), problem))
-    return Found({"all": samples}, problems, ["labels are in the text files beside the images"])
-
-
-def _from_file(file, options):
-    """The `Found` of one label file."""
-    images = ImageFinder(file.parent)
-    return _from_rows(file, _read(file, images, options), images)
-
-
-def _from_rows(file, rows, images):
-    """The `Found` of a label file that was read."""
-    samples = [
-        Sample(f"{file}:{number}", images.find(image) or file.parent / image, label)
-        for number, image, label in rows.entries
-    ]
-    return Found({"all": samples}, rows.problems, [f"labels are in {file} ({rows.form})"])
-
-
-def _named_files(folder, names=(*SPLIT_NAMES["train"], *SPLIT_NAMES["test"])):
-    """The files of a folder that are called so and may hold labels."""
-    paths = (folder / f"{name}{kind}" for name in names for kind in KINDS)
-    return {path for path in paths if path.is_file()}
-
-
-def _split_files(folder):
-    """{split: the label file that is named after it}, the best name first."""
-    found = {}
-    for split, names in SPLIT_NAMES.items():
-        for name in names:
-            files = sorted(_named_files(folder, (name,)))
-            if len(files) > 1:
-                raise ValueError(WHICH.format(folder, ", ".join(path.name for path in files)))
-            if files:
-                found.setdefault(split, files[0])
-    return found
-
-
-def _split_folders(folder):
-    """{split: the folder that is named after it}, empty where one is missing."""
-    found = {}
-    for split, names in SPLIT_NAMES.items():
-        found[split] = next((folder / name for name in names if (folder / name).is_dir()), None)
-    return found if all(found.values()) else {}
-
-
-def _label_file_in(folder, beside, options):
-    """The `Found` of the one file of a folder that names images, None where there is none.
-
-    Raises ValueError where there are several, or only one that is not understood.
-    """
-    texts = set(beside.values())
-    candidates = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in KINDS]
-    found, refused, images = {}, None, ImageFinder(folder)
-    for path in candidates:
-        if path in texts or not path.is_file():
-            continue
-        try:
-            rows = _read(path, images, options)
-        except ValueError as error:
-            if images.named_in(path):
-                refused = refused or error
-            continue
-        named = any(images.find(image) for _, image, _ in rows.entries[:SNIFFED])
-        if named or (rows.problems and images.named_in(path)):
-            found[path] = _from_rows(path, rows, images)
-    if len(found) > 1:
-        raise ValueError(WHICH.format(folder, ", ".join(path.name for path in found)))
-    if refused and not found:
-        raise ValueError(f"{refused}; if it holds no labels, move it away")
-    return next(iter(found.values()), None)
-
-
-def find_samples(data, options=FOUND):
-    """Find out how a data set is kept, and list its samples.
-
-    Args:
-        data: path of a folder or a label file.
-        options: a `LabelOptions`.
-
-    Returns:
-        a `Found`; its first note says what was taken for the labels, and shows three of them.
-
-    Raises ValueError where there is no data set, where more than one could be meant, or where
-    its labels are not understood.
-    """
-    data = Path(data)
-    if not data.exists():
-        raise ValueError(f"{data}: there is no such folder or label file")
-    found = _find(data, options)
-    everything = {split: found.samples.get(split, []) for split in (*SPLITS, "all")}
-    shown = [sample for own in everything.values() for sample in own][:3]
-    examples = ", ".join(f"{sample.path.name} is {sample.label!r}" for sample in shown)
-    first = f"{found.notes[0]}: {examples}" if shown else found.notes[0]
-    return Found(everything, found.problems, [first, *found.notes[1:]])
-
-
-def _find(data, options):
-    """The `Found` of a folder or file, without examples."""
-    if data.is_file():
-        return _from_file(data, options)
-    files = _split_files(data)
-    if files:
-        train_only = list(files) == ["train"]
-        found = _from_file(files["train"], options) if train_only else _joined(files, options)
-        others = sorted(_named_files(data) - set(files.values()))
-        if others:
-            found.notes.append(f"not read: {', '.join(path.name for path in others)}")
-        return found
-    paths = find_images(data)
-    if not paths:
-        raise ValueError(
-            f"{data}: holds neither a label file (train.txt and test.txt, or one of any name, "
-            "with lines of image<TAB>label) nor images whose names are their labels"
-        )
-    beside = _beside(paths)
-    found = _label_file_in(data, beside, options)
-    if found:
-        named = {os.path.abspath(sample.path) for sample in found.samples["all"]}
-        unnamed = sum(os.path.abspath(path) not in named for path in paths)
-        if unnamed:
-            found.notes.append(f"{unnamed} images of the folder are not named in it")
-        return found
-    folders = _split_folders(data)
-    if any(_split_files(own) or _label_file_in(own, beside, options) for own in folders.values()):
-        return _joined(folders, options)
-    texts = 2 * len(beside) > len(paths)
-    found = _from_texts(paths, beside) if texts else _named(data, paths, options)
-    if not folders:
-        return found
-    parts = {"train": [], "test": []}
-    for sample in found.samples["all"]:
-        parts["test" if folders["test"] in sample.path.parents else "train"].append(sample)
-    return found._replace(samples=parts)
-
-
-def _joined(entries, options):
-    """The `Found` of {split: label file or folder}."""
-    parts = {split: _find(entry, options) for split, entry in entries.items()}
-    samples = {
-        split: [sample for own in part.samples.values() for sample in own]
-        for split, part in parts.items()
-    }
-    problems = [problem for part in parts.values() for problem in part.problems]
-    notes = dict.fromkeys(part.notes[0].removeprefix("labels are ") for part in parts.values())
-    others = [note for part in parts.values() for note in part.notes[1:]]
-    return Found(samples, problems, [f"labels are {' and '.join(notes)}", *others])
+if __name__ == "__main__":
+    command(main)

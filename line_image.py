@@ -236,10 +236,10 @@ def _frame(rng):
     kind = rng.random()
     if kind < 0.35:  # cut tightly, or a little into it
         return [rng.uniform(-0.04, 0.15) for _ in range(4)]
-    if kind < 0.85:
+    if kind < 0.8:
         return [rng.uniform(0, most) for most in (0.8, 0.5, 0.8, 0.5)]
     # Text alone in a wide picture.
-    return [rng.uniform(0.2, most) for most in (4, 0.8, 4, 0.8)]
+    return [rng.uniform(0.1, most) for most in (3, 1, 3, 1)]
 
 
 def fitted(strokes, rng):
@@ -347,7 +347,7 @@ def paint(strokes, rng, source):
     """(H, W, 3) float, 0 to 255: a ground with the text on it, plain, shadowed or in relief."""
     cover, owner = strokes.cover.astype(np.float32)[:, :, None] / 255, strokes.owner
     ground = _ground(owner.shape, rng, source)
-    least = rng.choice((40, 70, 100, 140))
+    least = rng.choice((50, 75, 100, 140))
     colour = _colour_against(ground, least, rng)
     kind = rng.random()
     if kind < 0.22:  # each glyph in a colour of its own
@@ -388,7 +388,7 @@ def clutter(pixels, rng):
         return tuple(rng.randint(0, 255) for _ in range(3))
 
     kind = rng.random()
-    if kind < 0.22:  # strokes across, as captchas have
+    if kind < 0.3:  # strokes across, as captchas have
         chosen = colour()
         for _ in range(rng.randint(1, 7)):
             own = chosen if rng.random() < 0.6 else colour()
@@ -405,7 +405,7 @@ def clutter(pixels, rng):
                     own,
                     rng.choice((1, 2)),
                 )
-    elif kind < 0.32:  # the lines of a form, the edge of a plate or display
+    elif kind < 0.39:  # the lines of a form, the edge of a plate or display
         own, thick = colour(), rng.choice((1, 1, 2, 3))
         for _ in range(rng.randint(1, 2)):
             y = rng.choice((rng.uniform(0, 0.12), rng.uniform(0.88, 1))) * height
@@ -413,7 +413,7 @@ def clutter(pixels, rng):
         if rng.random() < 0.4:
             x = rng.choice((rng.uniform(0, 0.02), rng.uniform(0.98, 1))) * width
             pen.line((x, 0, x, height), own, thick)
-    elif kind < 0.37:  # the feet and heads of the lines above and below
+    elif kind < 0.43:  # the feet and heads of the lines above and below
         own = colour()
         for y in rng.sample((0, height), rng.randint(1, 2)):
             x = rng.uniform(0, 10)
@@ -470,7 +470,7 @@ def wear(image, rng, source):
             pixels.shape[:2], (2, rng.randint(2, 4)), source
         )
         pixels = pixels * light[:, :, None]
-    if rng.random() < 0.15:  # little contrast
+    if rng.random() < 0.1:  # little contrast
         pixels = rng.uniform(50, 205) + (pixels - pixels.mean()) * rng.uniform(0.3, 0.9)
     if rng.random() < 0.3:
         noise = source.standard_normal(pixels.shape[: rng.choice((2, 3))]).astype(np.float32)

@@ -16,6 +16,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports: an end without a traceb
 
 import argparse
 import atexit
+import base64
 import io
 import math
 import os
@@ -27,6 +28,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout  # which PyTorch depends on
 from torch import nn
@@ -224,6 +226,33 @@ def save_checkpoint(path, recogniser):
         print(f"warning: {error}; the checkpoint is saved as {path}", file=sys.stderr)
         save_tensors(path, content)
     return path
+
+
+def browser_network(recogniser):
+    """What assets/reader.html reads with: its settings, and its numbers, as `save_checkpoint`.
+
+    Raises ValueError where texts run from right to left: the page cannot turn them.
+    """
+    if recogniser.converter.right_to_left:
+        raise ValueError("texts from right to left cannot be read by a page, export to .onnx")
+    model, converter = recogniser.model, recogniser.converter
+    kind = "<f2" if recogniser.half else "<f4"
+    state = {
+        name: tensor.cpu().flatten().numpy().astype(kind)
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point()
+    }
+    return {
+        "nh": model.nh,
+        "depth": model.depth,
+        "alphabet": converter.alphabet,
+        "temperature": converter.temperature,
+        "length": converter.length,
+        "preprocess": asdict(recogniser.preprocess),
+        "half": recogniser.half,
+        "tensors": [[name, len(numbers)] for name, numbers in state.items()],
+        "numbers": base64.b64encode(np.concatenate([*state.values()])).decode(),
+    }
 
 
 def save_tensors(path, content):

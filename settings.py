@@ -33,7 +33,7 @@ from gen_image import count, defaults
 from image import PATCH, Preprocess, check_writable
 from infer_tool import SAVE_FOLDER, SHIPPED_WEIGHTS
 from keys import check_alphabet, is_right_to_left, load_alphabet
-from label import SPLITS
+from label_file import SPLITS
 from model import MicroNet, Recogniser, fast_bfloat16, load_checkpoint, pick_device, with_alphabet
 from recipe import PRESETS, Preset, own_preset
 

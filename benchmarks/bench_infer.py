@@ -24,7 +24,7 @@ from common import FRESH_SEED, ROOT, draw, measured, print_machine
 
 from ctc_label_converter import Search
 from infer_tool import BATCH_SIZE, SHIPPED_WEIGHTS, RecInfer
-from label import read_label_file
+from label_file import read_label_file
 from metric import expected_calibration_error, word_accuracy
 
 SEARCHED, PEER = 2000, 200  # images that are searched in all ways, and read by the peer

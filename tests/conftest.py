@@ -1,6 +1,7 @@
 """A small data set and trainings on it, which several test files use."""
 
 import os
+import shutil
 
 import pytest
 from helpers import run_script
@@ -45,3 +46,17 @@ def trained(digits, tmp_path_factory):
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     return folder, process
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A window of Chromium, as Debian has it, else as Playwright has installed it."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    found = shutil.which("chromium") or shutil.which("chromium-browser")
+    with playwright.sync_playwright() as started:
+        try:
+            own = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        except playwright.Error as error:
+            pytest.skip(f"there is no Chromium ({str(error).splitlines()[0]})")
+        yield own.new_context(bypass_csp=True)  # Playwright waits by what the pages forbid
+        own.close()

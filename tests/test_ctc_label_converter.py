@@ -68,6 +68,17 @@ def test_decode_against_the_definition():
         assert reading.confidence == pytest.approx(total)
 
 
+def test_one_image_is_decoded_as_among_others():
+    rng, converter = np.random.default_rng(1), CTCLabelConverter(ALPHABET)
+    for columns in (1, 2, 3, 7, 32, 101):  # texts on both sides of what is short
+        many = rng.normal(0, 3, (20, columns, 4)).astype(np.float32)
+        for i, reading in enumerate(converter.decode(many)):
+            [alone] = converter.decode(many[i : i + 1])
+            assert alone.text == reading.text
+            assert alone.confidence == pytest.approx(reading.confidence, rel=1e-6)
+            assert alone.char_confidences == pytest.approx(reading.char_confidences, rel=1e-6)
+
+
 def test_decode_does_not_see_padding_or_neighbours():
     rng = np.random.default_rng(1)
     logits = rng.normal(0, 3, (8, 12, 4)).astype(np.float32)

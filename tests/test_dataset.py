@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from collatefn import TextImageDataset
 from dataset import DataOptions, check, data_sheet, problem_list
 from image import MAX_PIXELS, Preprocess
-from label import LabelOptions, Problem, Sample
+from label_file import LabelOptions, Problem, Sample
 
 
 def bomb(width, height):

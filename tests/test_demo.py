@@ -16,7 +16,7 @@ from helpers import ENVIRONMENT, ROOT, SAMPLES, assert_clear_error, load, run_sc
 from PIL import Image, ImageDraw, ImageFont
 
 from infer_tool import SHIPPED_WEIGHTS, RecInfer
-from label import read_label_file
+from label_file import read_label_file
 from model import load_checkpoint, save_checkpoint
 
 SIMPLE = SAMPLES / "simple"

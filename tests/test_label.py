@@ -1,210 +1,266 @@
-"""Labels in every form that people keep them in: what was written is what is read, or refused."""
+"""The labelling page in a real browser: what is typed is what is on the disk, whatever happens."""
 
-import csv
-import io
+import http.client
 import json
-from itertools import product
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
 
 import pytest
-from helpers import picture
+from helpers import ENVIRONMENT, ROOT, SAMPLES, assert_clear_error, run_script
+from PIL import Image
 
-from keys import find_separators
-from label import LabelOptions, find_samples, read_label_file
-
-TEXTS = ["8B14A", "two words", "a,b;c", 'say "x"', "ü中٣", "0012.50", "-7", "{x}"]
+from label_file import find_samples
 
 
-def folder_of(path, names):
-    path.mkdir(parents=True)
-    for name in names:
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        picture().save(path / name)
-    return path
+@contextmanager
+def labelling(folder, *flags, kill=False):
+    """Run label.py on a folder. Yields the address of its page."""
+    command = [sys.executable, str(ROOT / "label.py"), str(folder), "--no-browser", *flags]
+    process = subprocess.Popen(
+        command, cwd=folder.parent, env=ENVIRONMENT, stdout=subprocess.PIPE, encoding="utf-8"
+    )
+    try:
+        while not (line := process.stdout.readline()).startswith("http://"):
+            assert line, "label.py ended"
+        yield line.strip()
+    finally:
+        process.send_signal(signal.SIGKILL if kill else signal.SIGINT)
+        process.communicate(timeout=30)
 
 
-def as_csv(rows, delimiter, quoting=csv.QUOTE_MINIMAL):
-    file = io.StringIO()
-    csv.writer(file, delimiter=delimiter, quoting=quoting, lineterminator="\n").writerows(rows)
-    return file.getvalue()
+@pytest.fixture
+def images(tmp_path):
+    """A folder of ten sample images without labels, two of them the same picture."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    samples = sorted((SAMPLES / "simple").glob("*.png"))[:9]
+    for i, path in enumerate([*samples, samples[0]]):
+        (folder / f"{i}.png").write_bytes(path.read_bytes())
+    return folder
 
 
-def as_icdar(rows):
-    return "".join(f'{name}, "{text}"\n' for name, text in rows)
+@pytest.fixture
+def truth(images):
+    """{name: text} of ``images``."""
+    stems = [path.stem for path in sorted((SAMPLES / "simple").glob("*.png"))[:9]]
+    return {f"{i}.png": text for i, text in enumerate([*stems, stems[0]])}
 
 
-FORMS = {
-    "labels.txt": lambda rows: "".join(f"{name}\t{text}\n" for name, text in rows),
-    "gt.txt": lambda rows: "".join(f"{name} {text}\n" for name, text in rows),
-    "icdar.txt": as_icdar,
-    "comma.csv": lambda rows: as_csv(rows, ","),
-    "header.csv": lambda rows: as_csv([("filename", "words"), *rows], ","),
-    "quoted.csv": lambda rows: as_csv([("img", "plate_text"), *rows], ",", csv.QUOTE_ALL),
-    "semicolon.csv": lambda rows: as_csv([("Image Path", "Label"), *rows], ";"),
-    "two.csv": lambda rows: as_csv([("image", "stuff"), *rows], ","),
-    "tab.tsv": lambda rows: as_csv([("file_name", "text"), *rows], "\t"),
-    "turned.csv": lambda rows: as_csv([("text", "id"), *(row[::-1] for row in rows)], ","),
-    "dict.json": lambda rows: json.dumps(dict(rows), ensure_ascii=False, indent=1),
-    "list.json": lambda rows: json.dumps([{"image": n, "text": t, "w": 1} for n, t in rows]),
-    "metadata.jsonl": lambda rows: "".join(
-        json.dumps({"file_name": name, "text": text}) + "\n" for name, text in rows
-    ),
-}
-PLACES = {  # how an image's name is written, and where it lies
-    "beside": lambda i: (f"{i}.png", f"{i}.png"),
-    "with spaces": lambda i: (f"my scan {i}.png", f"my scan {i}.png"),
-    "below": lambda i: (f"images/{i:03d}.png", f"{i:03d}.png"),
-    "without suffix": lambda i: (f"w{i}.png", f"w{i}"),
-    "with backslashes": lambda i: (f"a b/{i}.png", f"a b\\{i}.png"),
-}
+def lines(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.endswith("\n")
+    return [line.split("\t") for line in text.splitlines()]
 
 
-@pytest.mark.parametrize(("form", "place"), list(product(FORMS, PLACES)))
-def test_what_was_written_is_what_is_read(tmp_path, form, place):
-    texts = [text.replace('"', "") for text in TEXTS] if form in ("icdar.txt",) else TEXTS
-    names = [PLACES[place](i) for i in range(len(texts))]
-    folder = folder_of(tmp_path / "a set", [name for name, _ in names])
-    written = [(name, text) for (_, name), text in zip(names, texts, strict=True)]
-    expected = [(folder / name, text) for (name, _), text in zip(names, texts, strict=True)]
-    for mark, end in product((b"", b"\xef\xbb\xbf"), (b"\n", b"\r\n", b"\r", b"\r\r\n")):
-        content = FORMS[form](written).encode("utf-8").replace(b"\n", end)
-        (folder / form).write_bytes(mark + content)
-        for data in (folder, folder / form):
-            found = find_samples(data)
-            assert not found.problems
-            assert [(s.path, s.label) for s in found.samples["all"]] == expected
-            assert f"{expected[0][0].name} is {texts[0]!r}" in found.notes[0]
+def shown(page):
+    """The name of the image that the page shows."""
+    page.wait_for_function("current && image.complete && image.naturalWidth > 0")
+    return page.evaluate("current.name")
 
 
-def test_text_files_beside_the_images(tmp_path):
-    images = ["a.png", "b.nrm.png", "sub/c.bin.png", "d e.jpg"]
-    folder = folder_of(tmp_path / "lines", images)
-    texts = {"a.gt.txt": "x", "b.gt.txt": "y z", "sub/c.gt.txt": "w", "d e.txt": "v\r\n"}
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8", newline="")
-    found = find_samples(folder)
-    assert sorted(sample.label for sample in found.samples["all"]) == ["v", "w", "x", "y z"]
-    (folder / "a.gt.txt").write_text("two\nlines\n", encoding="utf-8")
-    (folder / "b.gt.txt").unlink()
-    problems = sorted(map(str, find_samples(folder).problems))
-    assert len(problems) == 2
-    assert "a.gt.txt: has 2 lines of text" in problems[0]
-    assert "b.nrm.png: has no text beside it" in problems[1]
+def press(page, key):
+    """Press a key, and wait for what comes next."""
+    before = page.evaluate("current.id")
+    page.keyboard.press(key)
+    page.wait_for_function(f"!busy && (!current || current.id !== {before})")
 
 
-@pytest.mark.parametrize("test", ["test.csv", "val.txt", "valid.csv", "dev.tsv"])
-def test_which_files_are_the_test_set(tmp_path, test):
-    folder = folder_of(tmp_path / "set", [f"{i}.png" for i in range(6)])
-    for name, own in (("train.csv", range(4)), (test, range(4, 6))):
-        delimiter = "," if name.endswith("csv") else "\t"
-        rows = as_csv([(f"{i}.png", f"t{i}") for i in own], delimiter)
-        (folder / name).write_text(rows, encoding="utf-8")
-    samples = find_samples(folder).samples
-    assert [s.label for s in samples["train"]] == ["t0", "t1", "t2", "t3"]
-    assert [s.label for s in samples["test"]] == ["t4", "t5"]
+WEIGHTS = ROOT / "assets" / "weights" / "simple_nh16_depth2.onnx"
+FLAGS = ["--weights", str(WEIGHTS)]
 
 
-def test_what_is_passed_over_is_said(tmp_path):
-    folder = folder_of(tmp_path / "set", [f"{i}.png" for i in range(4)])
-    (folder / "labels.csv").write_text("0.png,a\n1.png,b\n2.png,c\n", encoding="utf-8")
-    (folder / "README.txt").write_text("Scans such as 0.png and its label", encoding="utf-8")
-    assert find_samples(folder).notes[1:] == ["1 images of the folder are not named in it"]
-    for name in ("train", "test", "val"):
-        (folder / f"{name}.csv").write_text("0.png,a\n", encoding="utf-8")
-    assert find_samples(folder).notes[1:] == ["not read: val.csv"]
+def test_every_accepted_label_survives_a_kill_and_equal_images_are_labelled_once(
+    images, truth, browser
+):
+    page = browser.new_page()
+    accepted = {}
+    for _ in range(2):
+        with labelling(images, "--train-every", "0", *FLAGS, kill=True) as address:
+            page.goto(address)
+            for _ in range(3):
+                name = shown(page)
+                assert name not in accepted
+                page.fill("#text", truth[name])
+                press(page, "Enter")
+                accepted[name] = truth[name]
+                on_disk = dict(lines(images / "labels.txt"))
+                assert accepted.items() <= on_disk.items()
+                assert on_disk.items() <= truth.items()
+    with labelling(images, "--train-every", "0", *FLAGS) as address:
+        page.goto(address)
+        name = shown(page)
+        press(page, "Escape")
+        while page.evaluate("current !== null"):
+            page.fill("#text", truth[shown(page)])
+            press(page, "Enter")
+    found = lines(images / "labels.txt")
+    assert len(found) == len(dict(found))
+    missing = (
+        {n for n in truth if truth[n] == truth[name]} if truth[name] == truth["0.png"] else {name}
+    )
+    assert dict(found).keys() >= truth.keys() - missing
+    assert (images / "unreadable.txt").read_text(encoding="utf-8").splitlines() == [name]
+    samples = find_samples(images).samples["all"]
+    assert {sample.path.name: sample.label for sample in samples} == dict(found)
 
 
-def test_folders_with_their_own_label_files(tmp_path):
-    for split, count in (("train", 3), ("validation", 2)):
-        folder = folder_of(tmp_path / "set" / split, [f"{i}.png" for i in range(count)])
-        lines = [json.dumps({"file_name": f"{i}.png", "text": f"{split}{i}"}) for i in range(count)]
-        (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    samples = find_samples(tmp_path / "set").samples
-    assert [s.label for s in samples["train"]] == ["train0", "train1", "train2"]
-    assert [s.label for s in samples["test"]] == ["validation0", "validation1"]
+def test_keys_go_back_take_the_second_reading_and_show_text_as_text(images, browser):
+    page = browser.new_page()
+    with labelling(images, "--train-every", "0", "--order", "files", *FLAGS) as address:
+        page.goto(address)
+        assert shown(page) == "0.png"
+        page.fill("#text", "<script>alert(1)</script>")
+        press(page, "Enter")
+        assert shown(page) == "1.png"
+        first = page.input_value("#text")
+        page.keyboard.press("Tab")
+        page.wait_for_function(f"text.value !== {json.dumps(first)}")
+        page.keyboard.press("Tab")
+        assert page.input_value("#text") == first
+        press(page, "ArrowUp")
+        assert shown(page) == "0.png"
+        assert page.input_value("#text") == "<script>alert(1)</script>"
+        page.fill("#text", "mine")
+        press(page, "Enter")
+        assert shown(page) == "1.png"
+        page.reload()
+        assert shown(page) == "1.png"
+    assert lines(images / "labels.txt") == [["0.png", "mine"], ["9.png", "mine"]]
 
 
-def test_what_could_be_meant_in_two_ways_is_asked(tmp_path):
-    folder = folder_of(tmp_path / "set", ["0.png", "1.png"])
-    for name, content, fragments in [
-        ("a.csv", "image,label,text\n0.png,3,x\n1.png,4,y\n", ["--text-column", "label, text"]),
-        ("a.csv", "0.png,x,7\n1.png,y,8\n", ["3 columns", "--image-column 1 --text-column 2"]),
-        ("a.txt", "0.png\tx\t7\n1.png\ty\t8\n", ["3 columns", "--text-column"]),
-        ("a.txt", "0.png|x\n1.png|y\n", ["a.txt:1", "not understood"]),
-        ("a.txt", "0.png\n1.png\n", ["a.txt:1", "no text behind the image"]),
-        ("a.json", '[{"file": "0.png", "text": "x"', ["a.json", "no JSON"]),
-    ]:
-        (folder / name).write_text(content, encoding="utf-8")
-        with pytest.raises(ValueError) as error:
-            find_samples(folder / name)
-        assert all(fragment in str(error.value) for fragment in fragments), error.value
-        with pytest.raises(ValueError, match=name):
-            find_samples(folder)
-        (folder / name).unlink()
-    (folder / "a.json").write_text('{"0.png": 12, "1.png": "x"}', encoding="utf-8")
-    assert [str(p) for p in find_samples(folder).problems] == [
-        f"{folder / 'a.json'}:1: holds no text in quotes for its image or its label"
-    ]
-    (folder / "a.json").unlink()
-    (folder / "a.csv").write_text("image,label,text\n0.png,3,x\n1.png,4,y\n", encoding="utf-8")
-    for column in ("text", "3"):
-        samples = find_samples(folder, LabelOptions(text_column=column)).samples["all"]
-        assert [sample.label for sample in samples] == ["x", "y"]
-    (folder / "b.csv").write_text("0.png,x\n1.png,y\n", encoding="utf-8")
-    (folder / "a.csv").write_text("image,text\n0.png,3\n1.png,4\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"which label file is meant, a.csv, b.csv"):
-        find_samples(folder)
+@pytest.mark.parametrize("form", ["train.csv", "labels.json", "labels.txt", "beside"])
+def test_existing_labels_are_taken_in_and_kept(form, images, truth, browser):
+    known = dict(list(truth.items())[1:5])
+    if form == "train.csv":
+        rows = "".join(f"{name},{text}\n" for name, text in known.items())
+        (images / form).write_text(f"image,text\n{rows}", encoding="utf-8")
+    elif form == "labels.json":
+        (images / form).write_text(json.dumps(known), encoding="utf-8")
+    elif form == "labels.txt":
+        text = "".join(f"{name} {text}\n" for name, text in known.items())
+        (images / form).write_text(text, encoding="utf-8")
+    else:
+        for name, text in known.items():
+            (images / name).with_suffix(".gt.txt").write_text(text, encoding="utf-8")
+    page = browser.new_page()
+    with labelling(images, "--train-every", "0", *FLAGS) as address:
+        page.goto(address)
+        name = shown(page)
+        assert name not in known
+        page.fill("#text", truth[name])
+        press(page, "Enter")
+    found = find_samples(images).samples
+    found = {sample.path.name: sample.label for part in found.values() for sample in part}
+    assert (known | {name: truth[name]}).items() <= found.items() <= truth.items()
+    if form != "beside":
+        assert (images / f"{form}.before").exists()
 
 
-@pytest.mark.parametrize(
-    ("stems", "expected"),
-    [
-        (["8npd5", "x7k2p"], ("", "")),
-        (["8npd5-0", "x7k2p-1", "k2pd5-2"], ("-", "")),
-        (["8npd5-1", "8npd5-2", "x7k2p-1", "x7k2p-2"], ("-", "")),
-        (["8npd5_3f2a", "x7k2p_99bc"], ("_", "")),
-        (["8npd5", "8npd5 (1)", "x7k2p"], (" ", "")),
-        (["two words", "plain"], ("", "")),
-        (["AB-988-JC", "AG-010-AA"], ("", "-")),
-        (["AB-12", "CD-34", "EF-56"], ("", "-")),
-        (["00578.5", "02535.4", "05193.3"], ("", ".")),
-        (["17_word_72394", "18_other_72395"], ("", "_")),
-        (["well-known", "plain"], ("", "-")),
-    ],
-)
-def test_where_a_label_ends_in_a_file_name(stems, expected):
-    assert find_separators(stems) == expected
+def test_a_check_shows_confident_disagreements_first(images, truth, browser):
+    wrong = truth | {"3.png": "8888"}
+    text = "".join(f"{name}\t{text}\n" for name, text in wrong.items())
+    (images / "labels.txt").write_text(text, encoding="utf-8")
+    page = browser.new_page()
+    with labelling(images, "--check", *FLAGS) as address:
+        page.goto(address)
+        page.wait_for_function("next.length === 6 || next.length === 10")
+        page.reload()
+        assert shown(page) == "3.png"
+        assert page.input_value("#text") == "8888"
+        page.keyboard.press("Tab")
+        page.wait_for_function("text.value !== '8888'")
+        press(page, "Enter")
+    assert dict(lines(images / "labels.txt")) == truth
 
 
-def test_a_separator_or_a_regex_says_where_labels_end(tmp_path):
-    folder = folder_of(tmp_path / "set", ["17_word_72394.png", "18_other_72395.png"])
-    with pytest.raises(ValueError, match=r"17_word_72394.*--label-separator.*--label-regex"):
-        find_samples(folder)
+def test_requests_that_are_not_the_pages_are_refused(images):
+    (images.parent / "outside.png").write_bytes((images / "0.png").read_bytes())
+    (images / "link.png").symlink_to(images.parent / "outside.png")
+    (images / "broken.png").write_bytes(b"no image")
+    with labelling(images, "--train-every", "0", *FLAGS) as address:
+        port, token = re.fullmatch(r"http://127.0.0.1:(\d+)/([\w-]+)/", address).groups()
 
-    def labels(**options):
-        samples = find_samples(folder, LabelOptions(**options)).samples["all"]
-        return [sample.label for sample in samples]
+        def status(method, path, headers=None, body=None):
+            connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=20)
+            connection.putrequest(method, path, skip_host=True)
+            known = {"Host": f"127.0.0.1:{port}", "Content-Type": "application/json"}
+            for name, value in (known | (headers or {})).items():
+                if value is not None:
+                    connection.putheader(name, value)
+            connection.putheader("Content-Length", str(len(body or b"")))
+            connection.endheaders(body)
+            return connection.getresponse().status
 
-    assert labels(separator="") == ["17_word_72394", "18_other_72395"]
-    assert labels(separator="_") == ["17", "18"]
-    assert labels(regex=r"^\d+_(.*)_\d+$") == ["word", "other"]
+        own = f"/{token}"
+        assert status("GET", f"{own}/") == 200
+        while status("GET", f"{own}/image/0") != 200:
+            time.sleep(0.1)
+        label = json.dumps({"id": 0, "text": "x"}).encode()
+        paths = [
+            "/", "//", "/..", "/labels.txt", "/x/", "/x/state", f"/{token[:-1]}/", f"/{token}x/",
+            f"{own}", f"{own}/..", f"{own}/../../etc/passwd", f"{own}/image/../0",
+            f"{own}/image/-1", f"{own}/image/10000", f"{own}/image/0/", f"{own}/image/%2e%2e",
+            f"{own}/image/", f"{own}/image/0.png", f"{own}/label.html", f"{own}/network/x",
+            f"{own}/item/1e1",
+        ]  # fmt: skip
+        assert all(status("GET", path) in (403, 404) for path in paths)
+        hosts = [None, "", "localhost", "127.0.0.1", f"evil.example:{port}", f"127.0.0.1:{port}.a"]
+        assert all(status("GET", f"{own}/state", {"Host": host}) == 403 for host in hosts)
+        origins = ["null", "", "http://evil.example", f"https://127.0.0.1:{port}", "file://"]
+        for origin in origins:
+            headers = {"Origin": origin}
+            assert status("POST", f"{own}/accept", headers, label) == 403
+            assert status("GET", f"{own}/state", headers) == 403
+        bodies = [
+            b"", b"{}", b"[]", b"null", b"{", b"\xff", b'{"id": "../x"}', b'{"id": -1}',
+            b'{"id": 99, "text": "x"}', b'{"id": 0}', b'{"id": 0, "text": ""}', b"[" * 60000,
+            b'{"id": 0, "text": 5}', b'{"id": 0, "text": "a\\nb"}', b'{"id": 1e9}',
+        ]  # fmt: skip
+        for body in bodies:
+            assert status("POST", f"{own}/accept", body=body) in (400, 404, 422)
+        assert status("POST", f"{own}/accept", {"Content-Type": "text/plain"}, label) == 415
+        assert status("POST", f"{own}/accept", body=b" " * 70000) == 413
+        assert status("POST", "/x/accept", body=label) == 403
+        assert status("POST", f"{own}/delete", body=label) == 404
+        assert not (images / "labels.txt").exists()
+        assert status("POST", f"{own}/accept", body=label) == 200
+        names = [name for name, _ in lines(images / "labels.txt")]
+        assert sorted(names) == ["0.png", "9.png"]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"a.png\t1\nb.png 12\n", ":2: no tab"),
-        (b"a.png\t1\n\t2\n", ":2: no image path"),
-        (b"a.png\t1\na.png\t\n", ":2: the label is empty"),
-        (b"a.png\t1\nb.png\t\xe4\n", ":2: is not UTF-8"),
-        (b"\xff\xfea\0", ":1: is not UTF-8"),
-        (b"\n\n", "empty"),
-        (None, "cannot be read"),
-    ],
-)
-def test_bad_label_files(tmp_path, content, message):
-    path = tmp_path / "train.txt"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match=message) as error:
-        read_label_file(path)
-    assert str(path) in str(error.value)
+def test_what_stands_in_the_way_is_said(images, tmp_path):
+    assert_clear_error(run_script("label.py", tmp_path / "none", cwd=tmp_path), "no such folder")
+    with labelling(images, "--train-every", "0", *FLAGS) as address:
+        again = run_script("label.py", images, "--no-browser", cwd=tmp_path)
+        assert_clear_error(again, "another label.py")
+        other = tmp_path / "other"
+        other.mkdir()
+        Image.new("RGB", (60, 20)).save(other / "a.png")
+        port = address.split(":")[2].split("/")[0]
+        taken = run_script("label.py", other, "--no-browser", "--port", port, cwd=tmp_path)
+        assert_clear_error(taken, f"--port {port}")
+
+
+def test_the_loop_trains_on_what_is_labelled_and_reads_anew(digits, tmp_path, browser):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    truth = dict(lines(digits / "train.txt")[:60])
+    truth = {name.rpartition("/")[2]: text for name, text in truth.items()}
+    for name in truth:
+        (folder / name).write_bytes((digits / "train" / name).read_bytes())
+    page = browser.new_page()
+    weights = str(WEIGHTS.with_suffix(".pth"))
+    with labelling(folder, "--train-every", "40", "--weights", weights) as address:
+        page.goto(address)
+        for _ in range(40):
+            page.fill("#text", truth[shown(page)])
+            press(page, "Enter")
+        page.wait_for_function(
+            "progress.textContent.includes('word accuracy')", timeout=240000, polling=500
+        )
+        page.wait_for_function("next.length && next[0].version === 2", timeout=20000)
+    assert list((tmp_path / "save_model").glob("images_*.pth"))

@@ -55,7 +55,7 @@ def test_files_and_functions_are_short(path):
 
 
 @pytest.mark.parametrize(
-    "script", ["gen_image", "dataset", "train", "demo", "model", "infer_tool export"]
+    "script", ["gen_image", "dataset", "train", "demo", "model", "infer_tool export", "label"]
 )
 def test_help_shows_the_examples_and_explains_every_flag(script, tmp_path):
     name, *command = script.split()
