@@ -13,6 +13,7 @@ from typing import NamedTuple
 from image import contact_sheet, read_image, save_picture, write_atomically
 from keys import import_or_say
 
+CURVES_PAUSE = 10  # seconds; drawing them takes longer than an epoch may
 MISTAKES = 40  # images on the sheet of mistakes
 
 
@@ -226,9 +227,14 @@ def save_curves(path, results):
     write_atomically(path, buffer.getvalue())
 
 
-def save_progress(table, curves, results):
-    """`save_table` and `save_curves`; a file that another program holds open is a warning."""
-    for save, path in ((save_table, table), (save_curves, curves)):
+def save_progress(table, curves, results, at_end=True):
+    """`save_table` and `save_curves`; a file that another program holds open is a warning.
+
+    Before the end the curves are drawn every CURVES_PAUSE seconds, not every epoch.
+    """
+    parts = [(save_table, table), (save_curves, curves)]
+    turns = [int(result.seconds / CURVES_PAUSE) for result in results[-2:]]
+    for save, path in parts if at_end or turns[-1] > turns[0] else parts[:1]:
         try:
             save(path, results)
         except PermissionError as error:

@@ -7,7 +7,6 @@ import torch
 
 from image import Preprocess
 
-WARM_UP = 80  # steps
 CLIP = 5.0  # largest norm of the gradient
 # A training that ends when it is done: share of its epochs without a lower loss, and the
 # fewest steps, before the rate falls; how long the fall is, in the epochs before it.
@@ -31,6 +30,7 @@ class Preset:
         flat: steps over which a flat start gives way to CTC, see loss.py.
         muon: rate of Muon in multiples of lr, 0 for AdamW alone.
         batch_size: images per step, over all processes.
+        warm_up: steps over which the rates rise, a tenth of all at most.
         amp: compute in bfloat16 where the CPU has instructions for it.
         length: characters that every text has, None for any number.
         until_done: end when the loss of held-out images falls no more, see `fall_of`,
@@ -48,6 +48,7 @@ class Preset:
     flat: int = 0
     muon: float = 0
     batch_size: int = 64
+    warm_up: int = 80
     amp: bool = False
     length: int | None = None
     until_done: bool = False
@@ -55,7 +56,8 @@ class Preset:
 
 PRESETS = {  # of the tasks in gen_image.py
     "simple": Preset(
-        Preprocess(32), nh=16, depth=2, epochs=35, lr=0.04, power=4, averaging=0.98
+        Preprocess(32), nh=16, depth=2, epochs=10, lr=0.02, averaging=0.97, flat=70, muon=3,
+        warm_up=20,
     ),
     "complex": Preset(
         Preprocess(60, 160), nh=128, depth=8, epochs=4, lr=0.01, averaging=0.995, muon=2, amp=True,
@@ -170,7 +172,7 @@ def learning_rate(preset, step, steps, fall=None):
         step, steps: which of how many.
         fall: (first step of the fall, number of all steps) where the preset is ``until_done``.
     """
-    warm_up = min(WARM_UP, steps // 10 + 1)
+    warm_up = min(preset.warm_up, steps // 10 + 1)
     if step < warm_up:
         return preset.lr * (step + 1) / warm_up
     if preset.until_done:

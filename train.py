@@ -302,7 +302,7 @@ def save_epoch(run):
     if run.progress.fall or metric.best_epoch(rows) is rows[-1]:
         checkpoint = network.save_checkpoint(files.checkpoint, run.averaged())
         run.files = files._replace(checkpoint=checkpoint)
-    metric.save_progress(files.table, files.curves, rows)
+    metric.save_progress(files.table, files.curves, rows, at_end=False)
     # The state last: with an older one the epoch is repeated, and ends the same.
     state = {name: part.state_dict() for name, part in run.parts().items()}
     progress = vars(run.progress) | {"rows": [list(row) for row in rows]}
@@ -389,6 +389,7 @@ def finish(run, world):
     if not progress.rows:
         print("no epoch was completed, nothing was saved")
         return
+    metric.save_progress(files.table, files.curves, progress.rows)
     best = network.load_checkpoint(files.checkpoint)
     held_out = evaluation_loader(checked, run.plan.held_out, best.converter)
     if progress.fall:
