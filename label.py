@@ -15,6 +15,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports: an end without a traceb
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import heapq
 import hmac
 import io
 import itertools
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import webbrowser
 from collections import defaultdict, deque
 from dataclasses import dataclass
@@ -44,8 +46,10 @@ from keys import command, named, unusable
 from label_file import UNREADABLE, LabelOptions, find_samples
 
 FILES = {"all": "labels.txt", "train": "train.txt", "test": "test.txt"}
+PAGE = ROOT / "assets" / "label.html"
 AHEAD = 6  # images that the page is told of
-CHUNK = 32  # images that are read at a time
+CHUNK = 8  # images that are read at a time
+QUIET = 0.1  # seconds after an answer, in which nothing is read
 RECENT = 50  # accepted labels over which is counted how many were read right
 SHOWN = (1600, 400)  # pixels of an image on the page, at most
 MOST_BYTES = 2**16  # of a request
@@ -59,11 +63,8 @@ HEADERS = {
 
 @dataclass
 class Item:
-    """An image of the folder.
-
-    name: its path in the label file. digest: of its pixels. version: of the network that
-    ``reading`` is of. problem: why it cannot be read.
-    """
+    """An image: its path, as in the label file too, the digest of its pixels, its reading and
+    the version of the network that read it, or the problem why it cannot be read."""
 
     path: Path
     name: str
@@ -81,11 +82,10 @@ class LabelStore:
         names: whether their names are labels, where nothing else is.
 
     Attributes:
-        texts: {name: text}.
-        unreadable: {name: None}, in the order in which they were marked.
+        texts, unreadable: {name: text} and {name: None}, in the order of their labelling.
         notes: what was taken in.
 
-    Raises ValueError where existing labels are not understood or the folder cannot be written to.
+    Raises ValueError where existing labels are not understood.
     """
 
     def __init__(self, folder, names=False):
@@ -104,10 +104,6 @@ class LabelStore:
         marked = folder / UNREADABLE
         if marked.is_file():
             self.unreadable = dict.fromkeys(marked.read_text(encoding="utf-8").splitlines())
-        try:
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise ValueError(f"{folder}: cannot be written to ({error.strerror})") from None
 
     def name_of(self, path):
         """How an image is written in a label file."""
@@ -137,9 +133,8 @@ class LabelStore:
         self._sources = set()
 
     def _write(self, split):
-        path, content = self.folder / FILES[split], self._content(split)
-        if content or path.exists():
-            write_atomically(path, content)
+        if (content := self._content(split)) or (self.folder / FILES[split]).exists():
+            write_atomically(self.folder / FILES[split], content)
 
     def accept(self, names, text):
         """Make ``text`` the label of some images, on the disk."""
@@ -165,11 +160,7 @@ class LabelStore:
 
 
 class Labelling:
-    """What the page shows and asks for. Its methods may be called from several threads.
-
-    Args:
-        args: of the command line.
-    """
+    """What the page shows and asks for, from several threads. ``args``: the command line's."""
 
     def __init__(self, args):
         self.args, self.lock = args, threading.RLock()
@@ -187,21 +178,22 @@ class Labelling:
         self.checkpoint = args.weights or latest_weights()
         fast = self.checkpoint in SHIPPED_WEIGHTS.values() and find_spec("onnxruntime")
         self.reader = RecInfer(self.checkpoint.with_suffix(".onnx") if fast else self.checkpoint)
-        threading.Thread(target=self._read_on, daemon=True).start()
+        self.asked, self.ended = 0.0, False
+        self.readings = threading.Thread(target=self._read_on, daemon=True)
+        self.readings.start()
 
     def _read_on(self):
-        """Read what is not read yet by the newest network, for ever."""
-        size = 8  # something to show soon
-        while True:
+        """Read what is not read yet by the newest network, while nobody waits for an answer."""
+        while not self.ended:
+            time.sleep(max(0.0, self.asked + QUIET - time.monotonic()))
             with self.lock:
                 version, reader = self.version, self.reader
                 old = (i for i in self.items if i.version < version and not i.problem)
                 wanted = (i for i in old if self.args.check or not self._is_done(i))
-                todo = list(itertools.islice(wanted, size))
+                todo = list(itertools.islice(wanted, CHUNK))
                 if not todo:
                     self.work.wait()
                     continue
-            size = CHUNK
             self._read(todo, reader, version)
 
     def _read(self, items, reader, version):
@@ -232,16 +224,16 @@ class Labelling:
 
     def _queue(self):
         """The numbers of the images that come next, the first one first."""
-        check, places = self.args.check, {}
+        check, order, places = self.args.check, self.args.order, {}
         for i, item in enumerate(self.items):
-            if i in self.seen or item.problem or not item.reading:
+            if not item.reading or i in self.seen:
                 continue
             sure, label = item.reading.confidence, self.store.texts.get(item.name)
             if check and label is not None:
                 places[i] = (label == item.reading.text, -sure)
             elif not check and not self._is_done(item):
-                places[i] = {"unsure": sure, "sure": -sure, "files": i}[self.args.order]
-        return sorted(places, key=places.get)[:AHEAD]
+                places[i] = sure if order == "unsure" else -sure if order == "sure" else i
+        return heapq.nsmallest(AHEAD, places, places.get)
 
     def describe(self, index):
         """An image as the page needs it."""
@@ -263,17 +255,18 @@ class Labelling:
         with self.lock:
             rest = [item for item in self.items if not self._is_done(item)]
             sure = [item.reading.confidence for item in rest if item.reading]
-            problems = [item.problem for item in self.items if item.problem]
+            problems = [item.problem for item in rest if item.problem]
+            self.asked = time.monotonic()
             return {
                 "items": [self.describe(i) for i in self._queue()],
                 "total": len(self.items),
-                "labelled": sum(item.name in self.store.texts for item in self.items),
+                "labelled": len(self.items) - len(rest) - len(self.store.unreadable),
                 "unreadable": len(self.store.unreadable),
                 "problems": [len(problems), *problems[:1]],
                 "unread": sum(not (item.reading or item.problem) for item in rest),
                 "sure": sum(sure) / len(sure) if sure else None,
                 "right": [sum(self.right), len(self.right)],
-                "training": self.trained if self.training is None else "training in the background",
+                "training": "training in the background" if self.training else self.trained,
                 "history": list(self.history),
                 "check": self.args.check,
             }
@@ -298,16 +291,24 @@ class Labelling:
             if item.reading and before is None:
                 self.right.append(text == item.reading.text)
             self.accepted += 1
-            every = self.args.train_every
-            if every and self.accepted >= every and not self.training:
+            if 0 < self.args.train_every <= self.accepted and not self.training:
                 self.accepted, self.training = 0, threading.Thread(target=self._train, daemon=True)
                 self.training.start()
 
     def mark(self, index):
-        """Take an image as unreadable."""
+        """Take an image for one that nobody can read."""
         with self.lock:
             self.store.mark(self.items[index].name)
             self.skip(index)
+
+    def end(self):
+        """End the training, and the thread: ONNX Runtime must not be at work at the end."""
+        with self.lock:
+            self.ended = True
+            self.work.notify_all()
+        self.readings.join()
+        if self.training:
+            self.process.kill()
 
     def skip(self, index):
         """Do not show an image again, unless it is asked for."""
@@ -356,9 +357,8 @@ class Labelling:
         with self.lock:
             reader, path = self.reader, self.items[index].path
         reading = reader.predict(path, Search(top=2))
-        others = [text for text, _ in reading.alternatives]
-        first = self.items[index].reading
-        return next((t for t in (*others, reading.text) if first and t != first.text), "")
+        texts, first = [*dict(reading.alternatives), reading.text], self.items[index].reading
+        return next((text for text in texts if first and text != first.text), "")
 
     def picture(self, index, as_network):
         """An image as PNG: as it is, or as the network gets it. Raises ImageError."""
@@ -392,6 +392,7 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     timeout = 60  # seconds that an idle connection is kept
+    wbufsize, disable_nagle_algorithm = -1, True  # else an answer in two parts waits for 40 ms
 
     def log_message(self, *_):
         """Requests are not printed."""
@@ -435,8 +436,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         index = self._index(parts[1]) if len(parts) == 2 else None
         if parts == [""]:
-            page = (ROOT / "assets" / "label.html").read_bytes()
-            self._answer(200, page, "text/html; charset=utf-8")
+            self._answer(200, PAGE.read_bytes(), "text/html; charset=utf-8")
         elif parts == ["state"]:
             self._answer(200, labelling.state())
         elif index is None:
@@ -512,8 +512,8 @@ def parse_args():
     args = parser.parse_args()
     if not args.folder.is_dir():
         raise ValueError(f"{args.folder}: there is no such folder")
-    if not 0 <= args.port < 65536 or args.train_every < 0:
-        raise ValueError("--port is 0 to 65535, --train-every at least 0")
+    if not 0 <= args.port < 65536:
+        raise ValueError(f"--port {args.port}: is a number from 0 to 65535")
     return args
 
 
@@ -540,8 +540,7 @@ def main():
     except KeyboardInterrupt:
         print("all that was accepted is on the disk", file=sys.stderr)
     finally:
-        if server.labelling.training:
-            server.labelling.process.kill()
+        server.labelling.end()
         lock.release()
         Path(lock.lock_file).unlink(missing_ok=True)
 
