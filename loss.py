@@ -42,9 +42,12 @@ class CTCLoss(nn.Module):
 
         Args:
             step: number of the step, from 0.
-            flat_steps: steps that a flat start takes, 0 for smoothed targets instead.
+            flat_steps: steps that a flat start takes, 0 for smoothed targets instead, None for
+                neither: a network that reads already would only unlearn.
         """
-        if flat_steps:
+        if flat_steps is None:
+            self.smoothing = self.flat = 0.0
+        elif flat_steps:
             self.flat = max(0.0, 1 - step / flat_steps)
         else:
             self.smoothing = SMOOTHING * max(0.0, 1 - step / SMOOTHING_STEPS)

@@ -27,7 +27,7 @@ class Preset:
         averaging: decay per step of the weights' exponential average, see train.py.
         augment: one of `collatefn.AUGMENTATIONS`.
         power: of the cosine that the learning rates follow.
-        flat: steps over which a flat start gives way to CTC, see loss.py.
+        flat: steps over which a flat start gives way to CTC, 0 or None: see `loss.CTCLoss`.
         muon: rate of Muon in multiples of lr, 0 for AdamW alone.
         batch_size: images per step, over all processes.
         warm_up: steps over which the rates rise, a tenth of all at most.
@@ -45,7 +45,7 @@ class Preset:
     averaging: float
     augment: str = "shift"
     power: float = 1
-    flat: int = 0
+    flat: int | None = 0
     muon: float = 0
     batch_size: int = 64
     warm_up: int = 80
@@ -185,8 +185,8 @@ def learning_rate(preset, step, steps, fall=None):
 def fall_of(results, most, steps):
     """How long the fall of the rate takes with which a training ends that is done.
 
-    The rate falls when the loss of the held-out images has not for a quarter of the epochs, and
-    early enough that it has reached 0 after ``most`` epochs (Hu et al., "MiniCPM", arXiv
+    The rate falls when the loss of the held-out images has not for a quarter of the epochs, or
+    when next to nothing is left of it, and early enough that it has reached 0 after ``most`` epochs (Hu et al., "MiniCPM", arXiv
     2404.06395, call that warm-up, stable, decay).
 
     Args:
@@ -204,7 +204,7 @@ def fall_of(results, most, steps):
         lowest = result.test_loss if better else lowest
     length = max(1, round(FALL * epochs))
     patient = max(PATIENCE * epochs, PATIENT_STEPS / steps, 2)
-    if waited < patient and epochs + length < most:
+    if waited < patient and lowest >= LEAST_GAIN and epochs + length < most:
         return 0
     return min(most - epochs, length)
 

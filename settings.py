@@ -371,8 +371,8 @@ def prepare(args, start, device):
     given.setdefault("amp", preset.amp and fast_bfloat16(device))
     if args.epochs:
         given["until_done"] = False
-    if start:  # which knows where the characters are: no flat start
-        given |= {"nh": start.model.nh, "depth": start.model.depth, "flat": 0}
+    if start:  # which knows where the characters are
+        given |= {"nh": start.model.nh, "depth": start.model.depth, "flat": None}
     preset = replace(preset, preprocess=checked.preprocess, length=length, **given)
     print("\n".join(checked.notes))
     if not args.task:

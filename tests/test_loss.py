@@ -27,6 +27,14 @@ def test_loss_ignores_padded_columns_and_fits_the_probability():
         assert gradient[width:].abs().max() == 0 if width < 10 else True
 
 
+def test_a_network_that_reads_already_gets_neither_kind_of_start():
+    criterion = CTCLoss()
+    for flat_steps, expected in ((None, (0, 0)), (0, (0.03, 0)), (10, (0, 1))):
+        criterion.smoothing = criterion.flat = 0.0
+        criterion.set_step(0, flat_steps)
+        assert (criterion.smoothing, criterion.flat) == expected
+
+
 def test_flat_start_shares_the_columns_out_evenly():
     torch.manual_seed(0)
     logits = torch.randn(2, 8, 4, requires_grad=True)
