@@ -13,6 +13,7 @@ CLIP = 5.0  # largest norm of the gradient
 PATIENCE, PATIENT_STEPS, FALL = 0.25, 100, 0.4
 # Nats per image, and share of it, by which a loss must fall to be lower.
 LEAST_GAIN, LEAST_SHARE = 0.01, 0.03
+NOTHING = 0.01  # nats per image: there is no more to gain
 
 
 @dataclass(frozen=True)
@@ -186,8 +187,8 @@ def fall_of(results, most, steps):
     """How long the fall of the rate takes with which a training ends that is done.
 
     The rate falls when the loss of the held-out images has not for a quarter of the epochs, or
-    when next to nothing is left of it, and early enough that it has reached 0 after ``most`` epochs (Hu et al., "MiniCPM", arXiv
-    2404.06395, call that warm-up, stable, decay).
+    when next to nothing is left of it, and early enough that it has reached 0 after ``most``
+    epochs (Hu et al., "MiniCPM", arXiv 2404.06395, call that warm-up, stable, decay).
 
     Args:
         results: a `metric.EpochResult` for each epoch.
@@ -204,7 +205,7 @@ def fall_of(results, most, steps):
         lowest = result.test_loss if better else lowest
     length = max(1, round(FALL * epochs))
     patient = max(PATIENCE * epochs, PATIENT_STEPS / steps, 2)
-    if waited < patient and lowest >= LEAST_GAIN and epochs + length < most:
+    if waited < patient and lowest >= NOTHING and epochs + length < most:
         return 0
     return min(most - epochs, length)
 
