@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import sys
+import time
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +47,7 @@ OPERATORS = {
     "Add", "Cast", "Concat", "Constant", "Conv", "Div", "Erf", "Flatten", "Gather", "Identity",
     "MatMul", "Mul", "Reshape", "Shape", "Slice", "Transpose", "Unsqueeze",
 }  # fmt: skip
+QUICK = 2e-4  # seconds
 INPUT = "images"  # name of its input
 MAX_LOGITS = 2**23  # numbers of a batch, at most
 BATCH_SIZE = 64  # images per forward pass; 256 large ones leave the cache and take twice as long
@@ -316,12 +318,14 @@ class RecInfer:
             source if isinstance(source, str | Path) else f"image {i}"
             for i, source in enumerate(batch, first)
         ]
-        if len(batch) == 1:
-            results = [self._pixels(batch[0], names[0])]
-        else:
-            # Pillow decodes outside the interpreter's lock, so threads help.
+        results, began = [], time.perf_counter()
+        # Small images are read faster than threads could share the interpreter's lock.
+        while len(results) < len(batch) and time.perf_counter() - began < QUICK * len(batch):
+            results.append(self._pixels(batch[len(results)], names[len(results)]))
+        if len(results) < len(batch):  # Pillow decodes outside the lock, so threads help
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                results = list(pool.map(self._pixels, batch, names))
+                rest = batch[len(results) :], names[len(results) :]
+                results += pool.map(self._pixels, *rest)
         readable = [i for i, views in enumerate(results) if not isinstance(views, ValueError)]
         readings = iter(self._read([view for i in readable for view in results[i]], search))
         for i in readable:
