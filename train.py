@@ -391,14 +391,17 @@ def finish(run, world):
         return
     metric.save_progress(files.table, files.curves, progress.rows)
     best = network.load_checkpoint(files.checkpoint)
-    held_out = evaluation_loader(checked, run.plan.held_out, best.converter)
+
+    def batches(samples):  # of one process there are those of the held-out images already
+        kept = world == 1 and samples is run.plan.held_out
+        return run.held_out if kept else evaluation_loader(checked, samples, best.converter)
+
     if progress.fall:
         best = replace(best, converter=best.converter.with_temperature(progress.temperature))
     else:
-        best = calibrate(best, held_out, run.device)
+        best = calibrate(best, batches(run.plan.held_out), run.device)
     network.save_checkpoint(files.checkpoint, best)
-    test = evaluation_loader(checked, checked.test, best.converter)
-    _, readings = evaluate(best, test, run.device)
+    _, readings = evaluate(best, batches(checked.test), run.device)
     metric.show_mistakes(checked.test, readings, files.mistakes)
     if not files.curves.exists():
         print("for curves of the training: pip install matplotlib")
