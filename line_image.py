@@ -4,14 +4,15 @@ What `gen_image.py --task general` draws. The idea of learning to read real text
 text alone is of Jaderberg et al., "Synthetic Data and Artificial Neural Networks for Natural
 Scene Text Recognition", arXiv 1406.2227.
 
-The path of an image: a text, its strokes (`strokes_of_line` or
-`strokes_of_glyphs`: how much of each pixel is covered, and by which glyph), a ground and
-colours (`paint`), things drawn across (`clutter`), light and camera (`wear`).
+The path of an image: a text, its `Strokes`, ground and colours (`paint`), things drawn across
+(`clutter`), light and camera (`wear`).
 """
 
 import io
 import math
+import string
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +28,22 @@ class Strokes(NamedTuple):
 
     cover: np.ndarray
     owner: np.ndarray
+
+
+class Look(NamedTuple):
+    """What goes together in images of a kind; how often something is there is from 0 to 1."""
+
+    rows: tuple = (40, 61)  # the least and most that a line is high, in pixels
+    colours: float = 0.2  # how often each glyph has its own
+    contrast: tuple = (50, 75, 100, 140)  # of which a text has one at least, of 255
+    white: float = 0.0  # how often the ground is plain white
+    across: tuple = (0.25, 7)  # how often strokes go across, and how many at most
+    worn: float = 1.0  # how often light, camera and file have left traces
+    binarised: float = 0.06  # how often there are but two colours
+
+
+CAPTCHA = Look((18, 61), 0.6, (15, 30, 50, 100), 0.5, (0.85, 9), 0.4, 0.01)
+DISPLAY = Look(binarised=0.4)
 
 
 class Canvas:
@@ -57,6 +74,13 @@ class Canvas:
         return Strokes(np.asarray(self.cover), np.asarray(self.owner))
 
 
+def _read_strokes(kind):
+    """{character: the ways to draw it} of a kind in assets/strokes.txt."""
+    text = (Path(__file__).parent / "assets" / "strokes.txt").read_text(encoding="utf-8")
+    lines = [line.split(" ", 2) for line in text.splitlines()]
+    return {c: [way for *of, way in lines if of == [own, c]] for own, c, _ in lines if own == kind}
+
+
 def strokes_of_line(text, font, rng):
     """The `Strokes` of a line as a typesetter or printer sets it."""
     face, pad = open_font(font.path), SIZE // 4
@@ -71,10 +95,8 @@ def strokes_of_line(text, font, rng):
         canvas.begin(i, pad + x - 1)
     style = rng.random()
     if style < 0.06:
-        dots = _dots(text, font, rng)
-        if dots:
-            canvas.cover = dots
-            canvas.owner = canvas.owner.resize(dots.size, Image.Resampling.NEAREST)
+        canvas.cover = _dots(text, font, rng) or canvas.cover
+        canvas.owner = canvas.owner.resize(canvas.cover.size, Image.Resampling.NEAREST)
     elif style < 0.11:  # only its outline
         inner = canvas.cover.filter(ImageFilter.MinFilter(rng.choice((3, 5))))
         canvas.cover = ImageChops.subtract(canvas.cover, inner)
@@ -104,16 +126,9 @@ def _dots(text, font, rng):
     return Image.fromarray(np.pad(np.kron(grid.astype(np.uint8), dot), SIZE // 6))
 
 
-SEGMENTS = {  # of seven, named from the top clockwise, then the middle one
-    "0": "abcdef", "1": "bc", "2": "abged", "3": "abgcd", "4": "fgbc", "5": "afgcd", "6": "afgcde",
-    "7": "abc", "8": "abcdefg", "9": "abcdfg", "-": "g", "A": "abcefg", "C": "afed", "E": "afged",
-    "F": "afge", "H": "fegbc", "L": "fed", "P": "abfge", "U": "fedcb", "b": "fgced", "d": "bcdeg",
-    "n": "egc", "o": "egcd", "r": "eg", "t": "fged", "h": "fegc", "c": "ged", "y": "fgbcd",
-}  # fmt: skip
-ENDS = {  # of a segment, in units of the width and half the height
-    "a": (0, 0, 1, 0), "b": (1, 0, 1, 1), "c": (1, 1, 1, 2), "d": (0, 2, 1, 2), "e": (0, 1, 0, 2),
-    "f": (0, 0, 0, 1), "g": (0, 1, 1, 1),
-}  # fmt: skip
+LIT = _read_strokes("lit")  # of seven segments, named from the top clockwise, then the middle one
+# Of a segment, left, top, right and bottom, in units of the width and half the height.
+ENDS = {segment: list(map(int, ends)) for segment, [ends] in _read_strokes("ends").items()}
 
 
 def strokes_of_segments(text, rng):
@@ -130,7 +145,7 @@ def strokes_of_segments(text, rng):
                 canvas.spot(x - step + width + thick * 1.4, top + y, thick)
             continue
         for segment, ends in ENDS.items():
-            lit = 255 if segment in SEGMENTS.get(c, "") else dim
+            lit = 255 if segment in LIT.get(c, [""])[0] else dim
             line = np.reshape(ends, (2, 2)) * (width, height / 2) + (x, top)
             short = np.sign(line[1] - line[0]) * (gap + thick / 4)
             if lit:
@@ -139,19 +154,7 @@ def strokes_of_segments(text, rng):
     return canvas.strokes()
 
 
-HAND = {  # the strokes of written digits: their points, x from 0 to 6, y from 0 to 9 downwards
-    "0": ("30 10 02 06 18 39 58 66 62 50 30", "50 20 03 07 29 49 67 63 41 20"),
-    "1": ("03 30 39", "40 29", "12 30 39/09 69"),
-    "2": ("02 10 40 62 54 19 69", "02 20 50 62 35 08 18 38 69"),
-    "3": ("01 30 52 24 55 67 39 07", "00 60 33 55 67 39 08"),
-    "4": ("10 05 65/42 49", "50 06 66/52 49", "10 15 65 52 39"),
-    "5": ("60 10 04 44 66 49 08", "10 04 44 66 49 08/10 60"),
-    "6": ("50 12 06 19 49 67 55 25 07", "40 04 07 29 58 56 35 16"),
-    "7": ("00 60 29", "00 60 29/14 54", "02 00 60 39"),
-    "8": ("51 20 02 24 56 58 39 08 16 44 62 51", "30 11 23 45 57 39 17 25 43 51 30"),
-    "9": ("61 30 03 25 63 61 58 39", "51 20 03 25 53 51 49"),
-    ".": ("19 19",), ",": ("29 1:",), "-": ("15 55",), "/": ("60 09",), ":": ("23 23/28 28",),
-}  # fmt: skip
+HAND = _read_strokes("hand")  # points of strokes, x from 0 to 6, y from 0 to 9 downwards
 
 
 def _curve(points, fine=6):
@@ -167,32 +170,49 @@ def _curve(points, fine=6):
     return np.concatenate([*parts, p[-1:]])
 
 
+def _pen_lines(way, curved, scale, slant, wild, rng):
+    """Each stroke of a way to write a character, (N, 2) x and y in units of `HAND`."""
+    for stroke in way.split("/"):
+        points = [[ord(n) - 48 + rng.gauss(0, wild) for n in xy] for xy in stroke.split()]
+        line = (_curve(points) if curved else np.array(points)) * scale
+        line[:, 0] += slant * (9 - line[:, 1])
+        yield line + (0, (1 - scale) * 9)
+
+
 def strokes_of_hand(text, rng):
     """The `Strokes` of digits that somebody has written, in one hand."""
     unit = np.array([SIZE * rng.uniform(0.25, 0.6) / 6, SIZE * 0.8 / 9])  # of HAND, in pixels
-    slant, wild, thick = rng.gauss(0.15, 0.2), rng.uniform(0.2, 0.7), rng.uniform(1.5, 5)
-    space = rng.uniform(-0.5, 3)
+    manner = rng.gauss(0.15, 0.2), rng.uniform(0.2, 0.7)  # how slanted, how wild
+    thick, space = rng.uniform(1.5, 5), rng.uniform(-0.5, 3)
     habits = {c: rng.choice(ways) for c, ways in HAND.items()}
-    canvas = Canvas((len(text) + 1) * (9 + space) * unit[0] + 2 * SIZE, 2 * SIZE)
+    small, joined, end = rng.uniform(0.6, 1), rng.random() < 0.25, None
+    canvas = Canvas((len(text) + 2) * (9 + space) * unit[0] + 2 * SIZE, 2 * SIZE)
     place = np.array([SIZE * 0.8, SIZE * 0.5])
     for i, c in enumerate(text):
         way = habits[c] if rng.random() < 0.8 else rng.choice(HAND[c])
-        scale = rng.uniform(0.8, 1.15)
+        scale = rng.uniform(0.8, 1.15) * (small if c == "0" else 1)
         canvas.begin(i, place[0] - unit[0])
-        for stroke in way.split("/"):
-            points = [
-                (ord(x) - 48 + rng.gauss(0, wild), ord(y) - 48 + rng.gauss(0, wild))
-                for x, y in stroke.split()
-            ]
-            line = (_curve(points) if c in "0235689" else np.array(points)) * scale
-            line[:, 0] += slant * (9 - line[:, 1])
-            line = line * unit + place + (0, (1 - scale) * 9 * unit[1])
+        for line in _pen_lines(way, c in "0235689", scale, *manner, rng):
+            line = line * unit + place
             canvas.pen.line(list(map(tuple, line)), 255, round(thick), "curve")
+            if joined and end is not None and c in "023":
+                canvas.pen.line([*end, *line[0]], 255, round(thick))
             for end in line[[0, -1]]:
                 canvas.spot(*end, thick)
+        end = end if c in "0247" else None
         advance = (3 if c in ".,:" else 6) * scale + space + rng.gauss(1, 0.7)
         place += (advance * unit[0], rng.gauss(0, 0.4))
+    if text[-1] in ALPHABETS["digits"] and rng.random() < 0.3:
+        _fill_up(canvas, place, unit[0], thick, rng)
     return canvas.strokes()
+
+
+def _fill_up(canvas, place, unit, thick, rng):
+    """Draw one or two strokes after a number, so that nobody adds a digit."""
+    y, length = place[1] + SIZE * rng.uniform(0.3, 0.6), rng.uniform(2, 9) * unit
+    for top in (y, y + SIZE * 0.15)[: rng.choice((1, 1, 2))]:
+        ends = place[0], top + rng.gauss(0, 1), place[0] + length, top + rng.gauss(0, 1)
+        canvas.pen.line(ends, 255, round(thick))
 
 
 def _glyph(character, font, bold):
@@ -206,11 +226,7 @@ def _glyph(character, font, bold):
 
 
 def strokes_of_glyphs(text, fonts, rng):
-    """The `Strokes` of single glyphs, each turned, sized and shifted by itself, as in captchas.
-
-    Args:
-        fonts: at least one `Font`; each glyph is drawn in one of them.
-    """
+    """The `Strokes` of glyphs, each by itself in one of the `Font`s, turned, sized and shifted."""
     turn, shift = rng.choice((3, 12, 25, 40)), rng.choice((0.03, 0.1, 0.22)) * SIZE
     spread, bold = rng.choice((0.0, 0.1, 0.25)), rng.choice((0, 0, 0, 1, 1, 2))
     space = rng.choice((rng.uniform(-0.12, 0.05), rng.uniform(0, 0.5), rng.uniform(0.3, 1.3)))
@@ -238,21 +254,19 @@ def _frame(rng):
         return [rng.uniform(-0.04, 0.15) for _ in range(4)]
     if kind < 0.8:
         return [rng.uniform(0, most) for most in (0.8, 0.5, 0.8, 0.5)]
-    # Text alone in a wide picture.
-    return [rng.uniform(0.1, most) for most in (3, 1, 3, 1)]
+    return [rng.uniform(0.1, most) for most in (3, 1, 3, 1)]  # alone in a wide picture
 
 
-def fitted(strokes, rng):
-    """`Strokes` bent, slanted and seen at an angle, cut to a random frame about the text."""
+def fitted(strokes, rng, rows):
+    """`Strokes` bent, slanted and seen at an angle, in a frame, of a height about ``rows``."""
     cover, owner = map(Image.fromarray, strokes)
     left, top, right, bottom = cover.getbbox() or (0, 0, *cover.size)
     height, unit = bottom - top, min(bottom - top, SIZE)
-    frame = _frame(rng)
-    left, top = left - frame[0] * unit, top - frame[1] * unit
-    right, bottom = right + frame[2] * unit, bottom + frame[3] * unit
-    scale = rng.uniform(40, 61) / max(0.67 * unit, bottom - top)
-    stretch = math.exp(rng.gauss(0, 0.16)) if rng.random() < 0.6 else 1
-    size = [(right - left) * scale * stretch, (bottom - top) * scale]
+    frame = zip((left, top, right, bottom), (-unit, -unit, unit, unit), _frame(rng), strict=True)
+    left, top, right, bottom = (edge + size * space for edge, size, space in frame)
+    scale = rng.uniform(*rows) / max(0.67 * unit, bottom - top)
+    size = (right - left) * scale * (math.exp(rng.gauss(0, 0.16)) if rng.random() < 0.6 else 1)
+    size = max(8, round(size)), max(8, round((bottom - top) * scale))
     # Corners of the frame in the strokes' picture: the view of a camera that stands askew.
     slant = rng.gauss(0, 0.12) * height if rng.random() < 0.4 else 0
     turn = rng.gauss(0, 0.03) * min(right - left, 5 * height) if rng.random() < 0.5 else 0
@@ -261,15 +275,13 @@ def fitted(strokes, rng):
         left + slant, top + turn, left - slant, bottom + turn,
         right - slant, bottom - turn, right + slant, top - turn,
     ]  # fmt: skip
-    corners = [value + rng.uniform(-wild, wild) for value in corners]
-    how = [max(8, round(n)) for n in size], Image.Transform.QUAD, corners
+    corners = [n + rng.uniform(-wild, wild) for n in corners]
     if scale < 0.7:
         cover = cover.filter(ImageFilter.GaussianBlur(0.35 / scale))
+    how = size, Image.Transform.QUAD, corners
     cover = np.asarray(cover.transform(*how, Image.Resampling.BILINEAR))
-    owner = np.asarray(owner.transform(*how, Image.Resampling.NEAREST))
-    if rng.random() < 0.25:  # as written by hand, on cloth, or through old glass
-        return _bent(cover, owner, rng)
-    return Strokes(cover, owner)
+    owner = np.asarray(owner.transform(*how))
+    return _bent(cover, owner, rng) if rng.random() < 0.25 else Strokes(cover, owner)
 
 
 def smooth_noise(shape, cells, source):
@@ -279,7 +291,7 @@ def smooth_noise(shape, cells, source):
 
 
 def _bent(cover, owner, rng):
-    """`Strokes` of both arrays with their pixels moved by up to a few pixels, smoothly."""
+    """`Strokes` smoothly bent by some pixels: as by hand, on cloth, or through old glass."""
     source = np.random.default_rng(rng.getrandbits(64))
     height, width = cover.shape
     cells = rng.choice((2, 3, 4)), max(2, width // rng.choice((12, 20, 40)))
@@ -294,14 +306,15 @@ def _bent(cover, owner, rng):
     return Strokes((above * (1 - y) + below * y).astype(np.uint8), owner[top, left])
 
 
-def _ground(shape, rng, source):
+def _ground(shape, rng, source, white):
     """(H, W, 3) float, 0 to 255: a plain, graded, woven, noisy or patchy ground."""
+    if rng.random() < white:
+        return np.full((*shape, 3), 255, np.float32)
     base = np.array([rng.uniform(0, 255) for _ in range(3)])
     kind = rng.random()
     if kind < 0.65:  # paper, enamel, a dark display
-        base = rng.choice((255, 255, rng.uniform(200, 255), rng.uniform(0, 60), 0)) + np.array(
-            [rng.gauss(0, 8) for _ in range(3)]
-        )
+        grey = rng.choice((255, 255, rng.uniform(200, 255), rng.uniform(0, 60), 0))
+        base = np.array([grey + rng.gauss(0, 8) for _ in range(3)])
     ground = np.broadcast_to(base.astype(np.float32), (*shape, 3)).copy()
     y, x = np.mgrid[: shape[0], : shape[1]].astype(np.float32)
     kind = rng.random()
@@ -320,7 +333,7 @@ def _ground(shape, rng, source):
                 wave = wave > 0.6
             ground += rng.uniform(-40, 40) * wave[:, :, None]
     elif kind < 0.58:
-        cells = max(2, shape[0] // 3), max(2, shape[1] // 3)
+        cells = [max(2, n // 3) for n in shape]
         patches = [smooth_noise(shape, cells, source) for _ in range(3)]
         ground += rng.uniform(10, 50) * np.stack(patches, 2)
     return ground.clip(0, 255)
@@ -343,21 +356,19 @@ def _colour_against(ground, least, rng):
     return np.full(3, 0.0 if mean.mean() > 127 else 255.0)
 
 
-def paint(strokes, rng, source):
+def paint(strokes, rng, source, look):
     """(H, W, 3) float, 0 to 255: a ground with the text on it, plain, shadowed or in relief."""
     cover, owner = strokes.cover.astype(np.float32)[:, :, None] / 255, strokes.owner
-    ground = _ground(owner.shape, rng, source)
-    least = rng.choice((50, 75, 100, 140))
+    ground = _ground(owner.shape, rng, source, look.white)
+    least = rng.choice(look.contrast)
     colour = _colour_against(ground, least, rng)
     kind = rng.random()
-    if kind < 0.22:  # each glyph in a colour of its own
-        colours = np.array(
-            [_colour_against(ground, least, rng) for _ in range(int(owner.max()) + 1)]
-        )
-        colour = colours[owner]
-    elif kind < 0.27:
+    if rng.random() < look.colours:  # each glyph in its own
+        colours = [_colour_against(ground, least, rng) for _ in range(int(owner.max()) + 1)]
+        colour = np.array(colours)[owner]
+    elif kind < 0.06:
         colour = colour + 60 * smooth_noise(owner.shape, (3, 6), source)[:, :, None]
-    elif kind < 0.34:  # embossed: its edges in light and shadow
+    elif kind < 0.15:  # embossed: its edges in light and shadow
         y, x = rng.choice((-1, 1)), rng.choice((-1, 0, 1))
         light = cover - np.roll(cover, (y, x), (0, 1))
         depth = rng.uniform(50, 160)
@@ -371,14 +382,13 @@ def paint(strokes, rng, source):
         wide = np.asarray(wide).astype(np.float32)[:, :, None] / 255
         ground = ground + (255 - colour.mean() - ground) * wide
     if rng.random() < 0.1:  # ink that has worn off in places
-        cover = cover * (
-            0.75 + 0.6 * smooth_noise(owner.shape, (6, owner.shape[1] // 4 + 2), source)
-        )[:, :, None].clip(0, 1)
+        left = 0.75 + 0.6 * smooth_noise(owner.shape, (6, owner.shape[1] // 4 + 2), source)
+        cover = cover * left[:, :, None].clip(0, 1)
     return (ground + (colour - ground) * cover).clip(0, 255)
 
 
-def clutter(pixels, rng):
-    """Draw lines, arcs, dots, frames and pieces of other lines across. (H, W, 3) -> `PIL.Image`."""
+def clutter(pixels, ink, rng, across):
+    """A `PIL.Image` of (H, W, 3) with lines, some of the text's ``ink``, dots and frames on it."""
     image = Image.fromarray(pixels.astype(np.uint8))
     pen, (width, height) = ImageDraw.Draw(image), image.size
 
@@ -388,24 +398,17 @@ def clutter(pixels, rng):
         return tuple(rng.randint(0, 255) for _ in range(3))
 
     kind = rng.random()
-    if kind < 0.3:  # strokes across, as captchas have
-        chosen = colour()
-        for _ in range(rng.randint(1, 7)):
-            own = chosen if rng.random() < 0.6 else colour()
+    if rng.random() < across[0]:
+        chosen = rng.choice((ink, (0, 0, 0), colour()))
+        for _ in range(rng.randint(1, across[1])):
+            own = chosen if rng.random() < 0.8 else colour()
             x, y = rng.uniform(-0.1, 0.9) * width, rng.uniform(0, height)
-            to = x + rng.uniform(0.05, 1) * width, y + rng.gauss(0, 0.4) * height
-            if rng.random() < 0.75:
-                pen.line((x, y, *to), own, rng.choice((1, 1, 1, 2)))
-            else:
-                y0, y1 = sorted((y - rng.uniform(0, 1.5) * height, to[1] + 3))
-                pen.arc(
-                    (x, y0, to[0], max(y0, y1)),
-                    rng.randint(0, 360),
-                    rng.randint(0, 360),
-                    own,
-                    rng.choice((1, 2)),
-                )
-    elif kind < 0.39:  # the lines of a form, the edge of a plate or display
+            line = [(x, y), (x + rng.uniform(0.05, 1) * width, y + rng.gauss(0, 0.4) * height)]
+            if rng.random() < 0.2:
+                line[1:1] = [(x + t * (line[1][0] - x), height * rng.random()) for t in (0.35, 0.7)]
+                line = list(map(tuple, _curve(line)))
+            pen.line(line, own, rng.choice((1, 1, 1, 1, 2, 3)), "curve")
+    elif kind < 0.12:  # the lines of a form, the edge of a plate or display
         own, thick = colour(), rng.choice((1, 1, 2, 3))
         for _ in range(rng.randint(1, 2)):
             y = rng.choice((rng.uniform(0, 0.12), rng.uniform(0.88, 1))) * height
@@ -413,13 +416,12 @@ def clutter(pixels, rng):
         if rng.random() < 0.4:
             x = rng.choice((rng.uniform(0, 0.02), rng.uniform(0.98, 1))) * width
             pen.line((x, 0, x, height), own, thick)
-    elif kind < 0.43:  # the feet and heads of the lines above and below
+    elif kind < 0.18:  # the feet and heads of the lines above and below
         own = colour()
         for y in rng.sample((0, height), rng.randint(1, 2)):
             x = rng.uniform(0, 10)
             while x < width:
-                step = rng.uniform(2, 8)
-                depth = rng.uniform(0, 0.1) * height
+                step, depth = rng.uniform(2, 8), rng.uniform(0, 0.1) * height
                 pen.rectangle((x, y - depth, x + step / 2, y + depth), own)
                 x += step + rng.uniform(1, 6)
     if rng.random() < 0.12:
@@ -437,13 +439,11 @@ def _binarised(image, rng, source):
     if rng.random() < 0.5:
         cells = rng.randint(2, 5), rng.randint(2, 8)
         level = level + rng.uniform(0, 0.5) * (high - low) * smooth_noise(grey.shape, cells, source)
-    two = np.where(grey > level, 255, 0).astype(np.uint8)
-    if rng.random() < 0.25:
-        two = 255 - two
+    two = np.where((grey > level) ^ (rng.random() < 0.25), 255, 0).astype(np.uint8)
     return Image.fromarray(two).convert("RGB")
 
 
-def wear(image, rng, source):
+def wear(image, rng, source, binarised):
     """What light, camera and file do to an RGB `PIL.Image`, which may become smaller."""
     if rng.random() < 0.12:
         image = image.filter(rng.choice((ImageFilter.MinFilter(3), ImageFilter.MaxFilter(3))))
@@ -459,47 +459,34 @@ def wear(image, rng, source):
         factor = max(rng.uniform(0.3, 1), 11 / image.height)
         size = max(4, round(image.width * factor)), max(4, round(image.height * factor))
         if factor < 1:
-            image = image.resize(
-                size, rng.choice((Image.Resampling.BILINEAR, Image.Resampling.BOX))
-            )
-    if rng.random() < 0.06:
+            how = rng.choice((Image.Resampling.BILINEAR, Image.Resampling.BOX))
+            image = image.resize(size, how)
+    if rng.random() < binarised:
         image = _binarised(image, rng, source)
     pixels = np.asarray(image).astype(np.float32)
     if rng.random() < 0.2:  # uneven light
-        light = 1 + rng.uniform(0.1, 0.6) * smooth_noise(
-            pixels.shape[:2], (2, rng.randint(2, 4)), source
-        )
-        pixels = pixels * light[:, :, None]
+        depth, cells = rng.uniform(0.1, 0.6), (2, rng.randint(2, 4))
+        pixels = pixels * (1 + depth * smooth_noise(pixels.shape[:2], cells, source)[:, :, None])
     if rng.random() < 0.1:  # little contrast
         pixels = rng.uniform(50, 205) + (pixels - pixels.mean()) * rng.uniform(0.3, 0.9)
     if rng.random() < 0.3:
         noise = source.standard_normal(pixels.shape[: rng.choice((2, 3))]).astype(np.float32)
-        pixels = pixels + rng.choice((3, 6, 12, 22)) * (
-            noise if noise.ndim == 3 else noise[:, :, None]
-        )
+        pixels = pixels + rng.choice((3, 6, 12, 22)) * noise.reshape(*pixels.shape[:2], -1)
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     if rng.random() < 0.2:
         image = image.convert("L").convert("RGB")
     if rng.random() < 0.4:
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=rng.randint(15, 90))
-        image = Image.open(buffer)
-        image.load()
+        image = Image.open(buffer).convert("RGB")
     return image
 
 
 class LineImage:
-    """The drawer of `gen_image.py --task general`.
-
-    Args:
-        families: {name: its `Font`s}, which are drawn evenly.
-        text: draws texts, a `gen_image.LineText` with the same ``rng``.
-        rng: a `random.Random`, the only source of randomness.
-    """
+    """Draws a `gen_image.LineText` in {family: its `Font`s}, evenly, with the same ``rng``."""
 
     def __init__(self, families, text, rng):
-        self.families = list(families.values())
-        self.text, self.rng = text, rng
+        self.families, self.text, self.rng = list(families.values()), text, rng
 
     def draw(self):
         """(RGB `PIL.Image`, its text), which has the columns that CTC needs."""
@@ -508,26 +495,55 @@ class LineImage:
             if columns_needed(text) * PATCH <= Preprocess().width_of(*image.size):
                 return image, text
 
+    def _code(self):
+        """A text as on captchas: letters and digits without a sense, now and then a sum."""
+        rng, small, digits = self.rng, string.ascii_lowercase, string.digits
+        letters = rng.choice((small, small.upper(), small + small.upper(), ""))
+        letters = rng.choice((letters, letters + digits, letters + digits)) or digits
+        text = "".join(rng.choices(letters, k=rng.randint(4, 8)))
+        if rng.random() < 0.06:
+            text = f"{rng.randint(0, 99)}{rng.choice('+-*/x')}{rng.randint(0, 20)}"
+            text += rng.choice(("=", "=?", ""))
+        return text
+
+    def _text(self, kind, can):
+        """A text for a kind of image, 0 to 1, of the characters that a font ``can`` show."""
+        if kind < 0.25:
+            text = self._code()
+        elif kind < 0.31:
+            text = self.text.draw(string.digits + ".:-")
+        elif kind < 0.37:  # as one writes it by hand
+            amount = f"{int(10 ** self.rng.uniform(1, 6)):,}"
+            text = amount.replace(",", self.rng.choice(("", ".", ",")))
+        else:
+            return self.text.draw(can)
+        fits = self.text.low <= len(text) <= self.text.high
+        return text if fits and set(text) <= self.text.allowed & set(can) else self.text.draw(can)
+
     def _draw(self):
         rng = self.rng
-        font = rng.choice(rng.choice(self.families))
-        text = self.text.draw(font.can)
+        font, kind = rng.choice(rng.choice(self.families)), rng.random()
+        text, look = self._text(kind, font.can), CAPTCHA if kind < 0.25 else Look()
         if font.capitals:
             text = "".join(c.upper() if c.upper() in self.text.allowed else c for c in text)
-        kind = rng.random()
-        if kind < 0.05 or (kind < 0.3 and set(text) <= set(SEGMENTS) | set(".:")):
-            text = self.text.draw(ALPHABETS["digits"] + ".:-") if kind < 0.05 else text
-            strokes = strokes_of_segments(text, rng)
-        elif kind < 0.4 and set(text) <= set(HAND):
+        style = rng.random()
+        if set(text) <= set(LIT) | set(".:") and (0.25 < kind < 0.31 or style < 0.2):
+            look, strokes = DISPLAY, strokes_of_segments(text, rng)
+        elif set(text) <= set(HAND) and (0.31 < kind < 0.37 or style < 0.3):
             strokes = strokes_of_hand(text, rng)
-        elif kind < 0.7:
+        elif style < 0.7 and kind > 0.25:
             strokes = strokes_of_line(text, font, rng)
         else:
             fonts = [font]
-            if rng.random() < 0.4 and not font.capitals:
+            if rng.random() < 0.3 and not font.capitals:
                 others = (rng.choice(rng.choice(self.families)) for _ in range(6))
                 fonts += [o for o in others if not o.capitals and set(text) <= set(o.can)][:3]
             strokes = strokes_of_glyphs(text, fonts, rng)
         source = np.random.default_rng(rng.getrandbits(64))
-        pixels = paint(fitted(strokes, rng), rng, source)
-        return wear(clutter(pixels, rng), rng, source), text
+        strokes = fitted(strokes, rng, look.rows)
+        pixels = paint(strokes, rng, source, look)
+        ink = tuple(map(int, pixels.reshape(-1, 3)[strokes.cover.argmax()]))
+        image = clutter(pixels, ink, rng, look.across)
+        if rng.random() < look.worn:
+            image = wear(image, rng, source, look.binarised)
+        return image, text
