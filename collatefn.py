@@ -1,17 +1,21 @@
-"""From samples to batches: loading, their order, collation, and what training does to them."""
+"""From samples to batches: loading, order, collation, augmentation, and who shares them."""
 
 import os
+import signal
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import distributed
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from dataset import for_each
 from image import PATCH, ImageError, read_image
 from infer_tool import BATCH_SIZE, MAX_LOGITS
+from model import pick_device
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 SORTED = 8  # batches' worth of images that are sorted by width at a time
@@ -414,3 +418,76 @@ AUGMENTATIONS = {
     "affine": random_affine,
     "looks": random_looks,
 }
+
+
+def processes():
+    """(rank, number) of the processes that train together."""
+    if distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def gather(value):
+    """The list of what each process passes here."""
+    values = [value]
+    if distributed.is_initialized():
+        values *= processes()[1]
+        distributed.all_gather_object(values, value)
+    return values
+
+
+def from_first(function):
+    """What the first process gets from ``function()``, in all; where it fails, all end."""
+    if not distributed.is_initialized():
+        return function()
+    result = [None, False]
+    try:
+        if processes()[0] == 0:
+            result = [function(), True]
+    finally:
+        distributed.broadcast_object_list(result)
+    if not result[1]:
+        sys.exit(1)  # the first process says why
+    return result[0]
+
+
+def start_processes(name):
+    """Join the processes that torchrun has started, if it has. Returns the device.
+
+    Args:
+        name: of the device, see `pick_device`.
+    """
+    try:
+        device = pick_device(name)
+    except ValueError as error:
+        raise ValueError(f"--device {name}: {error}") from None
+    if "WORLD_SIZE" not in os.environ:
+        return device
+    if device == torch.device("cuda"):
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    def stop(*_):
+        if sys.exc_info()[1]:  # it has noticed by itself, and is on its way to lost_process
+            lost_process("told to stop")
+        raise ConnectionError("told to stop")
+
+    signal.signal(signal.SIGTERM, stop)  # torchrun ends all where one has ended
+    return device
+
+
+def lost_process(error):
+    """End this process because it cannot reach another one, and say so."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's would cut the message off
+    rank, world = processes()
+    reason = str(error).split("\n")[0]
+    print(
+        f"train.py: error: process {rank} of {world} ends, another one has died or cannot be "
+        f"reached ({reason}); the same command with --resume goes on after the last completed "
+        "epoch",
+        file=sys.stderr,
+    )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)  # leaving in good order would wait for the other one

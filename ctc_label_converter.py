@@ -13,8 +13,12 @@ from keys import check_alphabet, reordered
 BLANK = 0  # the class of the CTC blank
 WORDS = 500  # of a lexicon that are compared at a time
 SHORT = 10  # characters up to which `short_text_probability` is the faster one
+SETTINGS = ("alphabet", "temperature", "length", "right_to_left", "expect_numbers")
 # Below 1 only a little: a network that read every test image right would ask for 0.
 TEMPERATURES = tuple(round(0.7 * 1.1**i, 3) for i in range(15))
+# Where numbers are to be expected: how much more than other texts those of these characters
+# are. What looks as much like "loo" as like "100" is a number.
+NUMBERS = {"0123456789.,:-/ ": 3.0, "0123456789": 50.0}
 
 
 class Reading(NamedTuple):
@@ -90,30 +94,39 @@ class CTCLabelConverter:
         length: characters that every text has, at least 1; None for any number.
         right_to_left: whether texts have letters that are written so: the network reads
             from left to right, and texts are turned on their way to it and back.
+        expect_numbers: whether `decode` weighs texts by `NUMBERS`: for networks that read
+            whatever there is, where a network of one's own has seen what to expect.
 
     Raises ValueError for another alphabet, temperature or length.
     """
 
-    def __init__(self, alphabet, temperature=1.0, length=None, right_to_left=False):
+    def __init__(
+        self, alphabet, temperature=1.0, length=None, right_to_left=False, expect_numbers=False
+    ):
         if not 0 < temperature < math.inf:
             raise ValueError(f"the temperature {temperature} is not greater than 0")
         if length is not None and not (isinstance(length, int) and length >= 1):
             raise ValueError(f"the length {length!r} is not at least 1")
         self.alphabet = check_alphabet(alphabet)
-        self.temperature = temperature
+        self.temperature = float(temperature)
         self.length = length
         self.right_to_left = right_to_left
+        self.expect_numbers = expect_numbers
         self.nclass = len(alphabet) + 1
         self._class_of = {character: i for i, character in enumerate(alphabet, 1)}
         self._character_of = ["", *alphabet]
 
+    def settings(self):
+        """The arguments that make the same converter."""
+        return {name: getattr(self, name) for name in SETTINGS}
+
     def with_temperature(self, temperature):
         """The same converter with another temperature."""
-        return CTCLabelConverter(self.alphabet, temperature, self.length, self.right_to_left)
+        return CTCLabelConverter(**self.settings() | {"temperature": temperature})
 
     def with_length(self, length):
         """The same converter with another length."""
-        return CTCLabelConverter(self.alphabet, self.temperature, length, self.right_to_left)
+        return CTCLabelConverter(**self.settings() | {"length": length})
 
     def encode(self, labels):
         """Labels to CTC targets.
@@ -136,7 +149,8 @@ class CTCLabelConverter:
         """Greedy decoding, see `best_path`.
 
         A text that comes out longer or shorter than ``length`` is searched once more, for
-        the most probable one of that many characters.
+        the most probable one of that many characters. Where numbers are expected, the best
+        ones of `NUMBERS`' characters compete with it.
 
         Args:
             logits: (N, T, nclass) float array.
@@ -149,6 +163,11 @@ class CTCLabelConverter:
         probs = softmax(logits / self.temperature)
         if columns is None:
             columns = np.full(len(probs), probs.shape[1])
+        if self.expect_numbers:
+            return [
+                self._decode_expecting_numbers(image[:count])
+                for image, count in zip(probs, columns, strict=True)
+            ]
         if len(probs) == 1:
             reading = self._decode_one(probs[0, : columns[0]])
             if self.length not in (None, len(reading.text)):
@@ -190,6 +209,21 @@ class CTCLabelConverter:
             confidence = short_text_probability(probs, targets)
         text = "".join([self._character_of[k] for k in targets])
         return Reading(text, float(confidence), confidences)
+
+    def _decode_expecting_numbers(self, probs):
+        """`decode` of one image's (T, nclass) probabilities, with texts weighed by `NUMBERS`."""
+        found = {}  # text -> (its reading, its weight)
+        for characters, weight in {self.alphabet: 1.0, **NUMBERS}.items():
+            classes = [BLANK, *(self._class_of[c] for c in characters if c in self._class_of)]
+            only = np.zeros_like(probs)
+            only[:, classes] = probs[:, classes]
+            reading = self._decode_one(only)
+            if reading.text or weight == 1:  # no text is not a number
+                found[reading.text] = reading, weight
+        # That of all texts together, if those that were not found weigh 1.
+        total = 1 + sum((weight - 1) * reading.confidence for reading, weight in found.values())
+        reading, weight = max(found.values(), key=lambda pair: pair[1] * pair[0].confidence)
+        return reading._replace(confidence=weight * reading.confidence / total)
 
     def _turned(self, readings):
         """`Reading`s in the order in which their texts are written."""

@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ctc_label_converter import CTCLabelConverter
+from ctc_label_converter import SETTINGS, CTCLabelConverter
 from image import PATCH, ImageError, Preprocess, as_they_come, read_image, write_atomically
 from keys import command, import_or_say
 
@@ -180,12 +180,8 @@ def load_onnx(path, threads=None):
         check_network(data)
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         told = session.get_modelmeta().custom_metadata_map
-        converter = CTCLabelConverter(
-            told["alphabet"],
-            float(told["temperature"]),
-            json.loads(told.get("length", "null")),
-            bool(json.loads(told.get("right_to_left", "false"))),
-        )
+        others = {name: json.loads(told[name]) for name in SETTINGS[1:] if name in told}
+        converter = CTCLabelConverter(told["alphabet"], **others)
         preprocess = Preprocess(**json.loads(told["preprocess"]))
         [images], [logits] = session.get_inputs(), session.get_outputs()
         shape = [3, preprocess.height]
@@ -391,8 +387,8 @@ def export(weights, out):
     """Write the checkpoint ``weights`` as the ONNX file ``out``, and compare the two.
 
     Batch size and width stay free. The file's metadata hold the "alphabet", the
-    "temperature", the "task" if it has one and, in JSON, the "length", whether texts run from
-    "right_to_left", and the "preprocess".
+    "task" if it has one and, in JSON, the other settings of the `CTCLabelConverter` and the
+    "preprocess".
 
     Returns:
         (images, difference): the number of sample images that were read with both, and
@@ -457,12 +453,11 @@ def export_page(weights, out):
 
 def metadata(recogniser):
     """What an exported file has to say of a `model.Recogniser`, as strings."""
+    told = recogniser.converter.settings()
     task = {"task": recogniser.task} if recogniser.task else {}
     return task | {
-        "alphabet": recogniser.converter.alphabet,
-        "temperature": repr(recogniser.converter.temperature),
-        "length": json.dumps(recogniser.converter.length),
-        "right_to_left": json.dumps(recogniser.converter.right_to_left),
+        "alphabet": told.pop("alphabet"),
+        **{name: json.dumps(value) for name, value in told.items()},
         "preprocess": json.dumps(asdict(recogniser.preprocess)),
     }
 

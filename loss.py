@@ -1,4 +1,4 @@
-"""What is minimised: the CTC loss on logits, of all classes or of a sample of them."""
+"""What is minimised and how: the CTC loss, of all classes or a sample, optimizers, their rates."""
 
 import math
 
@@ -16,6 +16,13 @@ SAMPLED = 256
 # the glyph: U is J and b is p for good, or only blanks come out. Smoothed targets
 # keep all columns in play until the features can tell which sees the most.
 SMOOTHING, SMOOTHING_STEPS = 0.03, 150
+CLIP = 5.0  # largest norm of the gradient
+# A training that ends when it is done: share of its epochs without a lower loss, and the
+# fewest steps, before the rate falls; how long the fall is, in the epochs before it.
+PATIENCE, PATIENT_STEPS, FALL = 0.25, 100, 0.4
+# Nats per image, and share of it, by which a loss must fall to be lower.
+LEAST_GAIN, LEAST_SHARE = 0.01, 0.03
+NOTHING = 0.01  # nats per image: there is no more to gain
 
 
 class CTCLoss(nn.Module):
@@ -138,3 +145,116 @@ def batch_logits(network, images, batch, nclass):
     classes, targets, correction = sample_classes(batch.targets, nclass)
     logits = network(images, batch.widths, classes.to(images.device))
     return logits + correction.to(images.device), targets
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose steps are orthogonal matrices, for weights that mix channels.
+
+    Keller Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024,
+    https://kellerjordan.github.io/posts/muon/. PyTorch has one of its own from 2.9 on.
+    """
+
+    MOMENTUM = 0.95
+    # Of the polynomial that drives all singular values of a matrix near to 1.
+    A, B, C = 3.4445, -4.7750, 2.0315
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for weight in group["params"]:
+                state = self.state[weight]
+                if not state:
+                    state["momentum"] = torch.zeros_like(weight)
+                momentum = state["momentum"].mul_(self.MOMENTUM).add_(weight.grad)
+                x = (weight.grad + self.MOMENTUM * momentum).flatten(1)
+                rows, columns = x.shape
+                if rows > columns:
+                    x = x.T
+                x = x / (x.norm() + 1e-7)
+                for _ in range(5):
+                    square = x @ x.T
+                    x = self.A * x + (self.B * square + self.C * square @ square) @ x
+                if rows > columns:
+                    x = x.T
+                scale = max(1, rows / columns) ** 0.5
+                weight.add_(x.reshape(weight.shape), alpha=-group["lr"] * scale)
+
+
+def make_optimizers(model, lr, muon):
+    """AdamW at rate ``lr``, and `Muon` at ``muon`` times that for what mixes channels, if not 0."""
+    mixing = [model.patches.conv.weight, *(block.pointwise.conv.weight for block in model.blocks)]
+    mixing = mixing if muon else []
+    rest = [p for p in model.parameters() if all(p is not own for own in mixing)]
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for p in rest if p.ndim > 1], "weight_decay": 0.01},
+            {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        lr=lr,
+        betas=(0.9, 0.99),
+        fused=next(model.parameters()).device.type != "mps",
+    )
+    return [adamw, Muon(mixing, muon * lr)] if muon else [adamw]
+
+
+def learning_rate(preset, step, steps, fall=None):
+    """The rate of a step: a linear warm-up, then a cosine to a power, or level until the fall.
+
+    Args:
+        preset: a `Preset`. The higher its power, the earlier the cosine falls.
+        step, steps: which of how many.
+        fall: (first step of the fall, number of all steps) where the preset is ``until_done``.
+    """
+    warm_up = min(preset.warm_up, steps // 10 + 1)
+    if step < warm_up:
+        return preset.lr * (step + 1) / warm_up
+    if preset.until_done:
+        first, last = fall or (steps, steps + 1)
+        return preset.lr * min(1, (last - step) / (last - first))
+    progress = (step - warm_up) / (steps - warm_up)
+    return preset.lr * (0.5 * (1 + math.cos(math.pi * progress))) ** preset.power
+
+
+def fall_of(results, most, steps):
+    """How long the fall of the rate takes with which a training ends that is done.
+
+    The rate falls when the loss of the held-out images has not for a quarter of the epochs, or
+    when next to nothing is left of it, and early enough that it has reached 0 after ``most``
+    epochs (Hu et al., "MiniCPM", arXiv 2404.06395, call that warm-up, stable, decay).
+
+    Args:
+        results: a `metric.EpochResult` for each epoch.
+        most: epochs.
+        steps: of an epoch.
+
+    Returns:
+        the epochs that the fall takes, 0 where it is too early.
+    """
+    epochs, lowest, waited = len(results), math.inf, 0
+    for result in results:  # the average's loss creeps down long after all is learnt
+        better = result.test_loss < min(lowest - LEAST_GAIN, lowest * (1 - LEAST_SHARE))
+        waited = 0 if better else waited + 1
+        lowest = result.test_loss if better else lowest
+    length = max(1, round(FALL * epochs))
+    patient = max(PATIENCE * epochs, PATIENT_STEPS / steps, 2)
+    if waited < patient and lowest >= NOTHING and epochs + length < most:
+        return 0
+    return min(most - epochs, length)
+
+
+def take_step(model, optimizers, scaler, loss):
+    """One step down the gradient of ``loss``. Returns False, and changes nothing, if not finite."""
+    model.zero_grad()
+    scaler.scale(loss).backward()
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    finite = math.isfinite(norm)  # of all processes: their gradients are one by now
+    if finite:
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+    scaler.update()
+    return finite

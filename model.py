@@ -34,7 +34,7 @@ from filelock import FileLock, Timeout  # which PyTorch depends on
 from torch import nn
 from torch.nn import functional as F
 
-from ctc_label_converter import BLANK, CTCLabelConverter
+from ctc_label_converter import BLANK, SETTINGS, CTCLabelConverter
 from image import PATCH, Preprocess, write_atomically
 from keys import command
 
@@ -166,12 +166,8 @@ def load_checkpoint(path):
         # Memory stays bounded by the file: the network is built without storage
         # and takes the tensors that were loaded.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        converter = CTCLabelConverter(
-            checkpoint["alphabet"],
-            float(checkpoint.get("temperature", 1)),
-            checkpoint.get("length"),
-            bool(checkpoint.get("right_to_left", False)),
-        )
+        told = {name: checkpoint[name] for name in SETTINGS if name in checkpoint}
+        converter = CTCLabelConverter(**told)
         preprocess, task = Preprocess(**checkpoint["preprocess"]), checkpoint.get("task")
         if not isinstance(task, str | None):
             raise ValueError(f"the task {task!r} is no name")
@@ -211,10 +207,7 @@ def save_checkpoint(path, recogniser):
     content = {
         "nh": model.nh,
         "depth": model.depth,
-        "alphabet": converter.alphabet,
-        "temperature": converter.temperature,
-        "length": converter.length,
-        "right_to_left": converter.right_to_left,
+        **converter.settings(),
         "task": recogniser.task,
         "preprocess": asdict(recogniser.preprocess),
         "state_dict": state,
@@ -245,9 +238,7 @@ def browser_network(recogniser):
     return {
         "nh": model.nh,
         "depth": model.depth,
-        "alphabet": converter.alphabet,
-        "temperature": converter.temperature,
-        "length": converter.length,
+        **converter.settings(),
         "preprocess": asdict(recogniser.preprocess),
         "half": recogniser.half,
         "tensors": [[name, len(numbers)] for name, numbers in state.items()],

@@ -1,4 +1,4 @@
-"""All that is decided before the first step of a training: flags, presets, device, processes.
+"""All that is decided before the first step of a training: flags, presets, data, network.
 
 What fits a data set is decided here too, after `dataset.check` has looked at it.
 """
@@ -8,15 +8,10 @@ import math
 import os
 import random
 import shutil
-import signal
-import sys
 import zlib
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
-
-import torch
-from torch import distributed
 
 import gen_image
 from collatefn import AUGMENTATIONS
@@ -34,12 +29,109 @@ from image import PATCH, Preprocess, check_writable
 from infer_tool import SAVE_FOLDER, SHIPPED_WEIGHTS
 from keys import check_alphabet, is_right_to_left, load_alphabet
 from label_file import SPLITS
-from model import MicroNet, Recogniser, fast_bfloat16, load_checkpoint, pick_device, with_alphabet
-from recipe import PRESETS, Preset, own_preset
+from model import MicroNet, Recogniser, fast_bfloat16, load_checkpoint, with_alphabet
 
 # Share of the training images that choose the epoch and the temperature, and their most.
 HELD_OUT, MOST_HELD_OUT = 0.1, 1000
 FEW = 300  # images of which twice that share is held out
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How a network is built and trained.
+
+    Attributes:
+        preprocess: the `Preprocess` of its images.
+        nh, depth: of the `model.MicroNet`.
+        epochs: times that each image is trained on.
+        lr: peak learning rate.
+        averaging: decay per step of the weights' exponential average, see train.py.
+        augment: one of `collatefn.AUGMENTATIONS`.
+        power: of the cosine that the learning rates follow.
+        flat: steps over which a flat start gives way to CTC, 0 or None: see `loss.CTCLoss`.
+        muon: rate of Muon in multiples of lr, 0 for AdamW alone.
+        batch_size: images per step, over all processes.
+        warm_up: steps over which the rates rise, a tenth of all at most.
+        amp: compute in bfloat16 where the CPU has instructions for it.
+        length: characters that every text has, None for any number.
+        expect_numbers: see `ctc_label_converter.CTCLabelConverter`.
+        until_done: end when the loss of held-out images falls no more, see `fall_of`,
+            after ``epochs`` at the latest; else after all of them.
+    """
+
+    preprocess: Preprocess
+    nh: int
+    depth: int
+    epochs: int
+    lr: float
+    averaging: float
+    augment: str = "shift"
+    power: float = 1
+    flat: int | None = 0
+    muon: float = 0
+    batch_size: int = 64
+    warm_up: int = 80
+    amp: bool = False
+    length: int | None = None
+    expect_numbers: bool = False
+    until_done: bool = False
+
+
+PRESETS = {  # of the tasks in gen_image.py
+    "simple": Preset(
+        Preprocess(32), nh=16, depth=2, epochs=10, lr=0.02, averaging=0.97, flat=70, muon=3,
+        warm_up=20,
+    ),
+    "complex": Preset(
+        Preprocess(60, 160), nh=128, depth=8, epochs=4, lr=0.01, averaging=0.995, muon=2, amp=True,
+        length=4,
+    ),
+    "chinese": Preset(
+        Preprocess(32), nh=64, depth=4, epochs=3, lr=0.01, averaging=0.995, flat=250, length=4
+    ),
+    "general": Preset(
+        Preprocess(32, trim=None), nh=160, depth=8, epochs=5, lr=0.01, averaging=0.999, flat=300,
+        muon=2, amp=True, expect_numbers=True,
+    ),
+}  # fmt: skip
+
+
+def own_preset(checked, start=None):
+    """The `Preset` that fits a data set of one's own.
+
+    More epochs for fewer images, but fewer steps in all; benchmarks/RESULTS.md has what
+    decided it.
+
+    Args:
+        checked: a `dataset.Checked`.
+        start: the `model.Recogniser` that the training goes on from, None for a new network.
+    """
+    images, size = len(checked.train), checked.preprocess
+    epochs = min(300, max(3, round(4700 / math.sqrt(images))))
+    # Much background, or much detail: what varies in size, place and font is harder to read.
+    hard = size.trim or size.height > 32
+    # Looks are for many fonts: where there is one, they blur what tells 0 from O.
+    small_set = "looks" if hard else "affine"
+    if start:
+        return Preset(
+            size, start.model.nh, start.model.depth, epochs, lr=0.003, averaging=0.99,
+            augment=small_set, muon=2, batch_size=32, amp=True, until_done=True,
+        )  # fmt: skip
+    return Preset(
+        size,
+        nh=128 if hard else 64,
+        # Each block sees 4 pixels further to either side: half as much again as the height.
+        depth=max(round(size.height / 6), 8 if hard else 1),
+        epochs=epochs,
+        lr=0.01,
+        averaging=0.99,
+        augment="shift" if images >= 20000 else small_set,
+        flat=300,
+        muon=2,
+        batch_size=32,
+        amp=True,
+        until_done=True,
+    )
 
 
 def _default(setting):
@@ -313,7 +405,7 @@ class Plan(NamedTuple):
     """What a training starts from.
 
     checked: a `dataset.Checked`, whose training images are those that are trained on.
-    preset: a `recipe.Preset`.
+    preset: a `Preset`.
     held_out: `Sample`s that choose the epoch and the temperature.
     """
 
@@ -421,7 +513,12 @@ def first_recogniser(args, plan, start):
         converter = start.converter.with_length(preset.length)
         return replace(start, converter=converter, task=args.task, half=args.half)
     turned = any(map(is_right_to_left, checked.alphabet))
-    converter = CTCLabelConverter(checked.alphabet, length=preset.length, right_to_left=turned)
+    converter = CTCLabelConverter(
+        checked.alphabet,
+        length=preset.length,
+        right_to_left=turned,
+        expect_numbers=preset.expect_numbers,
+    )
     if start:
         network, known = with_alphabet(start, checked.alphabet)
         print(f"{known} of {len(checked.alphabet)} characters are known to {args.weights}")
@@ -429,76 +526,3 @@ def first_recogniser(args, plan, start):
         height = preset.preprocess.height
         network = MicroNet(preset.nh, preset.depth, converter.nclass, height)
     return Recogniser(network, converter, preset.preprocess, args.task, args.half)
-
-
-def processes():
-    """(rank, number) of the processes that train together."""
-    if distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
-
-
-def gather(value):
-    """The list of what each process passes here."""
-    values = [value]
-    if distributed.is_initialized():
-        values *= processes()[1]
-        distributed.all_gather_object(values, value)
-    return values
-
-
-def from_first(function):
-    """What the first process gets from ``function()``, in all; where it fails, all end."""
-    if not distributed.is_initialized():
-        return function()
-    result = [None, False]
-    try:
-        if processes()[0] == 0:
-            result = [function(), True]
-    finally:
-        distributed.broadcast_object_list(result)
-    if not result[1]:
-        sys.exit(1)  # the first process says why
-    return result[0]
-
-
-def start_processes(name):
-    """Join the processes that torchrun has started, if it has. Returns the device.
-
-    Args:
-        name: of the device, see `pick_device`.
-    """
-    try:
-        device = pick_device(name)
-    except ValueError as error:
-        raise ValueError(f"--device {name}: {error}") from None
-    if "WORLD_SIZE" not in os.environ:
-        return device
-    if device == torch.device("cuda"):
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
-    def stop(*_):
-        if sys.exc_info()[1]:  # it has noticed by itself, and is on its way to lost_process
-            lost_process("told to stop")
-        raise ConnectionError("told to stop")
-
-    signal.signal(signal.SIGTERM, stop)  # torchrun ends all where one has ended
-    return device
-
-
-def lost_process(error):
-    """End this process because it cannot reach another one, and say so."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's would cut the message off
-    rank, world = processes()
-    reason = str(error).split("\n")[0]
-    print(
-        f"train.py: error: process {rank} of {world} ends, another one has died or cannot be "
-        f"reached ({reason}); the same command with --resume goes on after the last completed "
-        "epoch",
-        file=sys.stderr,
-    )
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)  # leaving in good order would wait for the other one

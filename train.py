@@ -40,16 +40,32 @@ from tqdm import tqdm
 
 import metric
 import model as network
-import recipe
 import settings
-from collatefn import AUGMENTATIONS, TrainingLoader, evaluation_loader, training_loader
+from collatefn import (
+    AUGMENTATIONS,
+    TrainingLoader,
+    evaluation_loader,
+    from_first,
+    gather,
+    lost_process,
+    processes,
+    start_processes,
+    training_loader,
+)
 from ctc_label_converter import fit_temperature
 from dataset import DataOptions, data_sheet
 from image import check_writable, save_picture
 from infer_tool import latest_weights, written_weights
 from keys import command
-from loss import CTCLoss, batch_logits
-from settings import gather, processes
+from loss import (
+    CTCLoss,
+    Muon,
+    batch_logits,
+    fall_of,
+    learning_rate,
+    make_optimizers,
+    take_step,
+)
 
 MAX_SKIPPED = 20  # steps in a row without a finite gradient, then the training ends
 
@@ -122,10 +138,10 @@ def set_learning_rate(run):
     preset = run.plan.preset
     steps = preset.epochs * len(run.train_batches)
     fall = run.progress.fall and run.progress.fall[::2]
-    lr = recipe.learning_rate(preset, run.progress.step, steps, fall)
+    lr = learning_rate(preset, run.progress.step, steps, fall)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr * preset.muon if isinstance(optimizer, recipe.Muon) else lr
+            group["lr"] = lr * preset.muon if isinstance(optimizer, Muon) else lr
     return lr
 
 
@@ -144,7 +160,7 @@ def train_epoch(run, bar):
         # The processes' gradients are averaged, their shares of a batch may differ by an image.
         count = len(batch.labels)
         share = count * processes()[1] / batch.whole
-        if recipe.take_step(model, run.optimizers, run.scaler, loss * share):
+        if take_step(model, run.optimizers, run.scaler, loss * share):
             run.average.update_parameters(model)
             total_loss += loss.detach() * count
             images += count
@@ -232,7 +248,7 @@ def set_up(args, plan, files, start, device):
     autocast, scaler = network.precision(preset.amp, device)
     return Run(
         recogniser, torch.compile(forward) if args.compile else forward, average,
-        recipe.make_optimizers(model, preset.lr, preset.muon), scaler, autocast, batches_of,
+        make_optimizers(model, preset.lr, preset.muon), scaler, autocast, batches_of,
         batches_of(checked.train), held_out, order, plan, plan.identity(args), files, Progress(),
         device,
     )  # fmt: skip
@@ -285,7 +301,7 @@ def next_epoch(run, bar, began):
     progress.rows.append(row)
     preset = run.plan.preset
     if preset.until_done and not progress.fall:
-        epochs = recipe.fall_of(progress.rows, preset.epochs, len(run.train_batches))
+        epochs = fall_of(progress.rows, preset.epochs, len(run.train_batches))
         if epochs:
             begin_fall(run, epochs)
     # Last, for reading images draws from the generators too.
@@ -313,16 +329,16 @@ def begin(args, device):
     """Prepare a training, or go on with one. Returns its `Run`."""
     rank, world = processes()
     start = settings.starting_point(args)
-    plan = settings.from_first(lambda: settings.prepare(args, start, device))
+    plan = from_first(lambda: settings.prepare(args, start, device))
     check_writable(args.out)
     files = settings.output_files(args, plan.preset)
-    settings.from_first(lambda: network.claim(files.checkpoint))
+    from_first(lambda: network.claim(files.checkpoint))
     if rank == 0:
         sheet = data_sheet(plan.checked.train, plan.preset.preprocess, args.seed)
         save_picture(files.checkpoint.with_suffix(".data.png"), sheet)
     run = set_up(args, plan, files, start, device)
     if args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
-        state = settings.from_first(lambda: network.load_state(files.state, run.identity))
+        state = from_first(lambda: network.load_state(files.state, run.identity))
         if state:
             resume(run, state)
     if rank == 0:
@@ -457,7 +473,7 @@ def calibrate_weights(args, device):
 
 def main():
     args = settings.parse_args(__doc__)
-    device = settings.start_processes(args.device)
+    device = start_processes(args.device)
     if args.evaluate:
         return evaluate_weights(args, device)
     if args.calibrate:
@@ -469,7 +485,7 @@ def main():
     except (RuntimeError, ConnectionError) as error:
         if not distributed.is_initialized():
             raise
-        settings.lost_process(error)
+        lost_process(error)
 
 
 if __name__ == "__main__":

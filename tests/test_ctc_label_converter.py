@@ -8,6 +8,7 @@ import pytest
 
 from ctc_label_converter import (
     BLANK,
+    NUMBERS,
     TEMPERATURES,
     CTCLabelConverter,
     Search,
@@ -215,6 +216,24 @@ def test_texts_from_right_to_left_come_back_as_they_are_written():
         label, key=dict(zip(label, greedy.char_confidences, strict=True)).get
     )
     assert CTCLabelConverter(alphabet).decode(logits)[0].text == "ג12בא"
+
+
+def test_where_numbers_are_expected_they_weigh_more(logits):
+    """By definition: each text's probability times its weight, as a share of all."""
+    expecting = CTCLabelConverter(ALPHABET, expect_numbers=True)
+    usual = CTCLabelConverter(ALPHABET).decode(logits)
+    readings, weight = expecting.decode(logits), NUMBERS["0123456789"]
+    for image, plain, reading in zip(logits, usual, readings, strict=True):
+        weighed = {
+            text: probability * (weight if text and set(text) <= {"1"} else 1)
+            for text, probability in texts_by_definition(softmax(image)).items()
+        }
+        assert weighed[reading.text] >= weighed[plain.text] - 1e-12
+        assert reading.text == plain.text or set(reading.text) == {"1"}
+        # Of the numbers only the best is compared, so its share comes out a little too large.
+        assert weighed[reading.text] / sum(weighed.values()) - 1e-9 < reading.confidence <= 1
+    changed = sum(a.text != b.text for a, b in zip(usual, readings, strict=True))
+    assert 0 < changed < len(usual)
 
 
 def test_a_large_lexicon_takes_bounded_memory(logits):

@@ -21,10 +21,10 @@ from PIL import Image
 from collatefn import Batch
 from ctc_label_converter import CTCLabelConverter
 from infer_tool import SHIPPED_WEIGHTS, RecInfer
-from loss import CTCLoss
+from loss import CTCLoss, fall_of, learning_rate, make_optimizers, take_step
 from metric import EpochResult
 from model import MicroNet, precision
-from recipe import PRESETS, fall_of, learning_rate, make_optimizers, take_step
+from settings import PRESETS
 
 NAME, BRIEF_NAME = "digits_nh16_depth2", "digits_nh8_depth1"
 CHOSEN = r"epoch (\d+) was the best on the held-out images: (.*)"
@@ -124,8 +124,8 @@ def test_a_few_images_are_enough_for_the_general_network(digits, tmp_path):
 
 # As train.py, but with a loss that never falls by enough: the training is done at once.
 DONE_AT_ONCE = """
-import sys, recipe
-recipe.LEAST_GAIN, recipe.PATIENT_STEPS = 1e9, 20
+import sys, loss
+loss.LEAST_GAIN, loss.PATIENT_STEPS = 1e9, 20
 import train
 sys.exit(train.main())
 """
