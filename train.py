@@ -453,6 +453,9 @@ def evaluate_weights(args, device):
     print(f"evaluating {weights}")
     recogniser, checked, batches = load_test_set(args, weights, val_fraction=1)
     _, readings = evaluate(recogniser, batches, device)
+    alphabet = recogniser.converter.alphabet
+    if args.ignore_case and alphabet != alphabet.upper():  # then the labels are in lower case
+        readings = [reading._replace(text=reading.text.lower()) for reading in readings]
     labels = [sample.label for sample in checked.test]
     texts = [reading.text for reading in readings]
     metric.show_mistakes(checked.test, readings, args.mistakes)

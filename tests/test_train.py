@@ -192,6 +192,19 @@ def test_what_evaluation_takes_for_the_test_images(trained, digits, tmp_path):
         assert sentence in process.stdout
 
 
+def test_evaluation_without_case(tmp_path):
+    """Of labels in either case, with a network that reads both."""
+    samples = sorted((ROOT / "assets" / "samples" / "simple").glob("*.png"))
+    texts = RecInfer(SHIPPED_WEIGHTS["simple"]).predict(samples)
+    lines = [f"{path}\t{r.text.swapcase()}\n" for path, r in zip(samples, texts, strict=True)]
+    (tmp_path / "test.txt").write_text("".join(lines), encoding="utf-8")
+    flags = ["--evaluate", "--data", tmp_path / "test.txt", "--skip-bad"]
+    flags += ["--weights", SHIPPED_WEIGHTS["simple"]]
+    for more, accuracy in ([], "0."), (["--ignore-case"], "1.0000"):
+        process = run_script("train.py", *flags, *more, cwd=tmp_path)
+        assert f"word accuracy {accuracy}" in process.stdout, process.stderr
+
+
 def test_only_weights_of_ones_own_are_calibrated(trained, digits, tmp_path):
     shipped = {path: path.read_bytes() for path in SHIPPED_WEIGHTS.values()}
     for task in ([], ["--task", "simple"]):
