@@ -309,7 +309,7 @@ class CTCLabelConverter:
         return [(words[i], float(scores[i])) for i in np.argsort(-scores, kind="stable")]
 
 
-def fit_temperature(converter, batches):
+def fit_temperature(converter, batches, fold=str):
     """The one of TEMPERATURES with which confidences fit best how often texts are right.
 
     The fit is the likelihood of right and wrong, given the confidences of whole texts.
@@ -317,13 +317,14 @@ def fit_temperature(converter, batches):
     Args:
         converter: a `CTCLabelConverter`, whose own temperature plays no part.
         batches: an iterable of (logits (N, T, nclass), columns (N,), labels).
+        fold: what is done to a text before it is compared with its label.
     """
     scaled = [converter.with_temperature(temperature) for temperature in TEMPERATURES]
     loss = dict.fromkeys(TEMPERATURES, 0.0)
     for logits, columns, labels in batches:
         for own in scaled:
             for reading, label in zip(own.decode(logits, columns), labels, strict=True):
-                right = reading.text == label
+                right = fold(reading.text) == label
                 share = reading.confidence if right else 1 - reading.confidence
                 loss[own.temperature] -= math.log(max(share, 1e-9))
     return min(loss, key=loss.get)

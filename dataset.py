@@ -180,10 +180,14 @@ def check(data, options=None, splits=SPLITS):
     return Checked(train, test, sizes, alphabet, preprocess, problems, notes, pixels)
 
 
+def case_folding(alphabet):
+    """What makes texts alike in case: `str.lower`, `str.upper` where an alphabet has no lower."""
+    return str.upper if alphabet and alphabet.upper() == alphabet else str.lower
+
+
 def _wanted(samples, options, splits):
     """({split: its samples} of those wanted and of "all", what was done to labels)."""
-    alphabet, changed = options.alphabet, 0
-    upper = alphabet and alphabet.upper() == alphabet
+    fold, changed = case_folding(options.alphabet), 0
     wanted = {}
     for split, own in samples.items():
         if split not in (*splits, "all"):
@@ -195,7 +199,6 @@ def _wanted(samples, options, splits):
             changed += sum(a != b for a, b in zip(own, mended, strict=True))
             own = mended
         if options.ignore_case:
-            fold = str.upper if upper else str.lower
             own = [sample._replace(label=fold(sample.label)) for sample in own]
         wanted[split] = own
     return wanted, [f"{changed} labels were changed by --normalise"] if options.normalise else []

@@ -53,7 +53,7 @@ from collatefn import (
     training_loader,
 )
 from ctc_label_converter import fit_temperature
-from dataset import DataOptions, data_sheet
+from dataset import DataOptions, case_folding, data_sheet
 from image import check_writable, save_picture
 from infer_tool import latest_weights, written_weights
 from keys import command
@@ -210,14 +210,18 @@ def evaluate(recogniser, batches, device):
     return sum(loss for loss, _ in parts) / len(found), [found[i] for i in range(len(found))]
 
 
-def calibrate(recogniser, batches, device):
-    """A `model.Recogniser` with the temperature that fits its readings of ``batches``."""
+def calibrate(recogniser, batches, device, fold=str):
+    """A `model.Recogniser` with the temperature that fits its readings of ``batches``.
+
+    Args:
+        fold: see `fit_temperature`.
+    """
     read = (
         (logits.cpu().numpy(), batch.columns.numpy(), batch.labels)
         for batch, logits in logits_of(recogniser, batches, device)
     )
     converter = recogniser.converter
-    fitted = converter.with_temperature(fit_temperature(converter, read))
+    fitted = converter.with_temperature(fit_temperature(converter, read, fold))
     return replace(recogniser, converter=fitted)
 
 
@@ -434,7 +438,12 @@ def finish(run, world):
 
 
 def load_test_set(args, weights, val_fraction):
-    """(`model.Recogniser`, `dataset.Checked`, batches) of weights and the test images."""
+    """Weights and the test images to read with them.
+
+    Returns:
+        (`model.Recogniser`, `dataset.Checked`, batches, what to do to a text before it is
+        compared with its label).
+    """
     recogniser = network.load_checkpoint(weights)
     length = settings.text_length(args, recogniser.converter)
     recogniser = replace(recogniser, converter=recogniser.converter.with_length(length))
@@ -444,18 +453,18 @@ def load_test_set(args, weights, val_fraction):
         length=length, val_fraction=val_fraction,
     )  # fmt: skip
     print(checked.notes[0])
-    return recogniser, checked, evaluation_loader(checked, checked.test, recogniser.converter)
+    fold = case_folding(recogniser.converter.alphabet) if args.ignore_case else str
+    batches = evaluation_loader(checked, checked.test, recogniser.converter)
+    return recogniser, checked, batches, fold
 
 
 def evaluate_weights(args, device):
     """Print how well the weights read the test images, all images where there is no test set."""
     weights = args.weights or latest_weights(args.task, "simple")
     print(f"evaluating {weights}")
-    recogniser, checked, batches = load_test_set(args, weights, val_fraction=1)
+    recogniser, checked, batches, fold = load_test_set(args, weights, val_fraction=1)
     _, readings = evaluate(recogniser, batches, device)
-    alphabet = recogniser.converter.alphabet
-    if args.ignore_case and alphabet != alphabet.upper():  # then the labels are in lower case
-        readings = [reading._replace(text=reading.text.lower()) for reading in readings]
+    readings = [reading._replace(text=fold(reading.text)) for reading in readings]
     labels = [sample.label for sample in checked.test]
     texts = [reading.text for reading in readings]
     metric.show_mistakes(checked.test, readings, args.mistakes)
@@ -468,8 +477,8 @@ def calibrate_weights(args, device):
     weights = args.weights or written_weights(args.task)
     if not weights:
         raise ValueError("--calibrate: there are no weights of a training, name them: --weights")
-    recogniser, _, batches = load_test_set(args, weights, DataOptions.val_fraction)
-    recogniser = calibrate(recogniser, batches, device)
+    recogniser, _, batches, fold = load_test_set(args, weights, DataOptions.val_fraction)
+    recogniser = calibrate(recogniser, batches, device, fold)
     network.save_checkpoint(weights, recogniser)
     print(f"{weights}: the temperature is now {recogniser.converter.temperature}")
 

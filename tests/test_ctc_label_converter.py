@@ -185,6 +185,8 @@ def test_the_temperature_makes_confidences_as_likely_as_texts_are_right():
         batches += [(np.log(probs[1000:]) * factor, [1] * 2000, labels[1000:])]
         batches = [(logits, np.array(columns), own) for logits, columns, own in batches]
         assert fit_temperature(converter, batches) == pytest.approx(factor, rel=0.11)
+        upper = [(*rest, [label.upper() for label in own]) for *rest, own in batches]
+        assert fit_temperature(converter, upper, str.upper) == fit_temperature(converter, batches)
 
 
 def test_a_range_of_lengths():
