@@ -110,11 +110,16 @@ class CTCLabelConverter:
         self.alphabet = check_alphabet(alphabet)
         self.temperature = float(temperature)
         self.length = length
-        self.right_to_left = right_to_left
-        self.expect_numbers = expect_numbers
+        self.right_to_left = bool(right_to_left)
+        self.expect_numbers = bool(expect_numbers)
         self.nclass = len(alphabet) + 1
         self._class_of = {character: i for i, character in enumerate(alphabet, 1)}
         self._character_of = ["", *alphabet]
+        # (nclass,) True for the classes of numbers, and how much more their texts weigh.
+        self._numbers = [
+            (np.array([True, *(c in characters for c in alphabet)]), weight)
+            for characters, weight in (NUMBERS.items() if expect_numbers else ())
+        ]
 
     def settings(self):
         """The arguments that make the same converter."""
@@ -212,13 +217,11 @@ class CTCLabelConverter:
 
     def _decode_expecting_numbers(self, probs):
         """`decode` of one image's (T, nclass) probabilities, with texts weighed by `NUMBERS`."""
-        found = {}  # text -> (its reading, its weight)
-        for characters, weight in {self.alphabet: 1.0, **NUMBERS}.items():
-            classes = [BLANK, *(self._class_of[c] for c in characters if c in self._class_of)]
-            only = np.zeros_like(probs)
-            only[:, classes] = probs[:, classes]
-            reading = self._decode_one(only)
-            if reading.text or weight == 1:  # no text is not a number
+        reading = self._decode_one(probs)
+        found = {reading.text: (reading, 1.0)}
+        for classes, weight in self._numbers:
+            reading = self._decode_one(probs * classes)
+            if reading.text:  # no text is not a number
                 found[reading.text] = reading, weight
         # That of all texts together, if those that were not found weigh 1.
         total = 1 + sum((weight - 1) * reading.confidence for reading, weight in found.values())

@@ -180,8 +180,8 @@ def load_onnx(path, threads=None):
         check_network(data)
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         told = session.get_modelmeta().custom_metadata_map
-        others = {name: json.loads(told[name]) for name in SETTINGS[1:] if name in told}
-        converter = CTCLabelConverter(told["alphabet"], **others)
+        others = {name: json.loads(told[name]) for name in SETTINGS[2:] if name in told}
+        converter = CTCLabelConverter(told["alphabet"], float(told["temperature"]), **others)
         preprocess = Preprocess(**json.loads(told["preprocess"]))
         [images], [logits] = session.get_inputs(), session.get_outputs()
         shape = [3, preprocess.height]

@@ -34,7 +34,7 @@ from filelock import FileLock, Timeout  # which PyTorch depends on
 from torch import nn
 from torch.nn import functional as F
 
-from ctc_label_converter import BLANK, SETTINGS, CTCLabelConverter
+from ctc_label_converter import BLANK, NUMBERS, SETTINGS, CTCLabelConverter
 from image import PATCH, Preprocess, write_atomically
 from keys import command
 
@@ -238,7 +238,10 @@ def browser_network(recogniser):
     return {
         "nh": model.nh,
         "depth": model.depth,
-        **converter.settings(),
+        "alphabet": converter.alphabet,
+        "temperature": converter.temperature,
+        "length": converter.length,
+        "weights": NUMBERS if converter.expect_numbers else {},
         "preprocess": asdict(recogniser.preprocess),
         "half": recogniser.half,
         "tensors": [[name, len(numbers)] for name, numbers in state.items()],
