@@ -44,6 +44,7 @@ class Look(NamedTuple):
 
 CAPTCHA = Look((18, 61), 0.6, (15, 30, 50, 100), 0.5, (0.85, 9), 0.4, 0.01)
 DISPLAY = Look(binarised=0.4)
+KINDS = {"captcha": 25, "display": 6, "amount": 6, "line": 63}  # in a hundred images
 
 
 class Canvas:
@@ -507,31 +508,30 @@ class LineImage:
         return text
 
     def _text(self, kind, can):
-        """A text for a kind of image, 0 to 1, of the characters that a font ``can`` show."""
-        if kind < 0.25:
+        """A text for one of KINDS, of the characters that a font ``can`` show."""
+        rng, text = self.rng, ""
+        if kind == "captcha":
             text = self._code()
-        elif kind < 0.31:
+        elif kind == "display":
             text = self.text.draw(string.digits + ".:-")
-        elif kind < 0.37:  # as one writes it by hand
-            amount = f"{int(10 ** self.rng.uniform(1, 6)):,}"
-            text = amount.replace(",", self.rng.choice(("", ".", ",")))
-        else:
-            return self.text.draw(can)
+        elif kind == "amount":  # as one writes it by hand
+            text = f"{int(10 ** rng.uniform(1, 6)):,}".replace(",", rng.choice(("", ".", ",")))
         fits = self.text.low <= len(text) <= self.text.high
         return text if fits and set(text) <= self.text.allowed & set(can) else self.text.draw(can)
 
     def _draw(self):
         rng = self.rng
-        font, kind = rng.choice(rng.choice(self.families)), rng.random()
-        text, look = self._text(kind, font.can), CAPTCHA if kind < 0.25 else Look()
+        font = rng.choice(rng.choice(self.families))
+        [kind] = rng.choices(list(KINDS), KINDS.values())
+        text, look = self._text(kind, font.can), CAPTCHA if kind == "captcha" else Look()
         if font.capitals:
             text = "".join(c.upper() if c.upper() in self.text.allowed else c for c in text)
         style = rng.random()
-        if set(text) <= set(LIT) | set(".:") and (0.25 < kind < 0.31 or style < 0.2):
+        if set(text) <= set(LIT) | set(".:") and (kind == "display" or style < 0.2):
             look, strokes = DISPLAY, strokes_of_segments(text, rng)
-        elif set(text) <= set(HAND) and (0.31 < kind < 0.37 or style < 0.3):
+        elif set(text) <= set(HAND) and (kind == "amount" or style < 0.3):
             strokes = strokes_of_hand(text, rng)
-        elif style < 0.7 and kind > 0.25:
+        elif style < 0.7 and kind != "captcha":
             strokes = strokes_of_line(text, font, rng)
         else:
             fonts = [font]
