@@ -205,12 +205,20 @@ def test_requests_that_are_not_the_pages_are_refused(images):
             f"{own}", f"{own}/..", f"{own}/../../etc/passwd", f"{own}/image/../0",
             f"{own}/image/-1", f"{own}/image/10000", f"{own}/image/0/", f"{own}/image/%2e%2e",
             f"{own}/image/", f"{own}/image/0.png", f"{own}/label.html", f"{own}/network/x",
-            f"{own}/item/1e1",
+            f"{own}/item/1e1", f"{own}/item/+0", f"{own}/image/0%00", f"{own}/image/1_0",
+            "/%2e%2e/", f"//127.0.0.1{own}/", f"{own}/image/0;0", f"{own}/image//0",
+            f"/x{own}/state",
         ]  # fmt: skip
         assert all(status("GET", path) in (403, 404) for path in paths)
-        hosts = [None, "", "localhost", "127.0.0.1", f"evil.example:{port}", f"127.0.0.1:{port}.a"]
+        hosts = [
+            None, "", "localhost", "127.0.0.1", f"evil.example:{port}", f"127.0.0.1:{port}.a",
+            f"127.0.0.1:{port}@a", f"0.0.0.0:{port}", f"[::1]:{port}", f"2130706433:{port}",
+        ]  # fmt: skip
         assert all(status("GET", f"{own}/state", {"Host": host}) == 403 for host in hosts)
-        origins = ["null", "", "http://evil.example", f"https://127.0.0.1:{port}", "file://"]
+        origins = [
+            "null", "", "http://evil.example", f"https://127.0.0.1:{port}", "file://",
+            f"http://127.0.0.1:{port}.a", "http://127.0.0.1",
+        ]  # fmt: skip
         for origin in origins:
             headers = {"Origin": origin}
             assert status("POST", f"{own}/accept", headers, label) == 403
