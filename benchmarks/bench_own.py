@@ -105,8 +105,8 @@ def zero_shot(samples, args):
         say(name, texts, labels, time.perf_counter() - began)
 
 
-def train(folder, start, count, flags):
-    """Print what a training comes to."""
+def train(folder, start, count, keep, flags):
+    """Print what a training comes to, and copy its checkpoint to a folder."""
     size = ["--train", str(count)] if count else []
     with tempfile.TemporaryDirectory() as out:
         line = [sys.executable, ROOT / "train.py", "--data", folder, "--out", out, "--skip-bad"]
@@ -119,6 +119,10 @@ def train(folder, start, count, flags):
             sys.exit(f"{' '.join(line)} failed:\n{done.stderr[-2000:]}")
         path = next(path for path in Path(out).glob("*.pth"))
         recogniser, rows = load_checkpoint(path), path.with_suffix(".csv").read_text("utf-8")
+        if keep:
+            keep.mkdir(parents=True, exist_ok=True)
+            name = f"{folder.name}_{count or 'all'}_from_{start.split()[-1]}.pth"
+            shutil.copy(path, keep / name)
     parameters = sum(p.numel() for p in recogniser.model.parameters())
     accuracy, low, high, cer, _ = found.groups()
     print(
@@ -140,6 +144,7 @@ def main():
     parser.add_argument("--peers", action="store_true", help="read with other readers too")
     parser.add_argument("--alphabet-subset", metavar="NAME", help="read with these only, too")
     parser.add_argument("--start", choices=STARTS, help="train only from this (default: both)")
+    parser.add_argument("--keep", type=Path, metavar="OUT", help="copy the checkpoints there")
     parser.add_argument(
         "--weights", type=Path, default=SHIPPED_WEIGHTS["general"].with_suffix(".onnx"),
         help="of the general network, to read with (default: %(default)s)",
@@ -157,7 +162,7 @@ def main():
         zero_shot(checked.test, args)
         for count in [] if args.zero_shot else args.train:
             for start in [args.start] if args.start else STARTS:
-                train(folder, start, count, flags)
+                train(folder, start, count, args.keep, flags)
 
 
 if __name__ == "__main__":
