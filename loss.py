@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ctc_label_converter import BLANK
 
@@ -198,6 +199,27 @@ def make_optimizers(model, lr, muon):
         fused=next(model.parameters()).device.type != "mps",
     )
     return [adamw, Muon(mixing, muon * lr)] if muon else [adamw]
+
+
+def moving_average(model, decay):
+    """The exponential moving average of a model's weights and batch norm statistics.
+
+    At a high learning rate it reads far better than the weights of any one step. A decay of
+    0.99 spans 100 steps, in which a small data set is seen thirty times over, so it begins
+    with fewer: (1 + n) / (10 + n) after n steps, as TensorFlow's ExponentialMovingAverage does.
+
+    Args:
+        decay: per step, in the long run; 0 for the weights as they are.
+
+    Returns:
+        an `AveragedModel`.
+    """
+
+    def update(averages, values, count):
+        now = min(decay, (1 + int(count)) / (10 + int(count)))
+        get_ema_multi_avg_fn(now)(averages, values, count)
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
 
 def learning_rate(preset, step, steps, fall=None):

@@ -34,7 +34,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -64,6 +64,7 @@ from loss import (
     fall_of,
     learning_rate,
     make_optimizers,
+    moving_average,
     take_step,
 )
 
@@ -245,13 +246,10 @@ def set_up(args, plan, files, start, device):
     if world > 1:
         forward = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
         torch.manual_seed(args.seed + rank)  # each augments in its own way
-    # Exponential moving average, batch norm statistics included: at a high learning
-    # rate it reads far better than the weights of any one step.
-    averaging = get_ema_multi_avg_fn(preset.averaging)
-    average = AveragedModel(model, multi_avg_fn=averaging, use_buffers=True)
     autocast, scaler = network.precision(preset.amp, device)
     return Run(
-        recogniser, torch.compile(forward) if args.compile else forward, average,
+        recogniser, torch.compile(forward) if args.compile else forward,
+        moving_average(model, preset.averaging),
         make_optimizers(model, preset.lr, preset.muon), scaler, autocast, batches_of,
         batches_of(checked.train), held_out, order, plan, plan.identity(args), files, Progress(),
         device,

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ctc_label_converter import CTCLabelConverter
-from loss import SAMPLED, CTCLoss, sample_classes
+from loss import SAMPLED, CTCLoss, moving_average, sample_classes
 from model import MicroNet
 
 ALPHABET = "ab "
@@ -64,3 +64,20 @@ def test_sampled_classes_are_a_fair_share_of_all():
         assert torch.allclose(model(images, classes=classes), model(images)[:, :, classes])
     # Equal logits: the sample weighs as much as all classes together.
     assert correction.exp().sum().item() == pytest.approx(2000, rel=1e-4)
+
+
+@pytest.mark.parametrize("decay", [0, 0.99])
+def test_the_average_spans_few_steps_at_first_and_many_later(decay):
+    model = torch.nn.Linear(1, 1)
+    average = moving_average(model, decay)
+
+    def after(steps, value):
+        torch.nn.init.constant_(model.weight, value)
+        for _ in range(steps):
+            average.update_parameters(model)
+        return average.module.weight.item()
+
+    after(1, 0.0)
+    assert after(30, 1.0) > 0.9  # with 0.99 from the first step on it would be 0.26
+    after(2000, 0.0)
+    assert after(100, 1.0) == pytest.approx(1 - decay**100)
