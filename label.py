@@ -45,6 +45,7 @@ from infer_tool import ROOT, SAVE_FOLDER, SHIPPED_WEIGHTS, RecInfer, latest_weig
 from keys import command, named, unusable
 from label_file import UNREADABLE, LabelOptions, find_samples
 
+EPOCHS = 20  # of a background training: the sooner it ends the better, the next goes on from it
 FILES = {"all": "labels.txt", "train": "train.txt", "test": "test.txt"}
 PAGE = ROOT / "assets" / "label.html"
 AHEAD = 6  # images that the page is told of
@@ -326,7 +327,7 @@ class Labelling:
             start = [] if shipped else ["--weights", str(self.checkpoint), "--fine-tune"]
             data = ["--data", str(self.args.folder.resolve()), "--skip-bad", "--out", scratch]
             self.process = process = subprocess.Popen(
-                [sys.executable, str(ROOT / "train.py"), *data, *start],
+                [sys.executable, str(ROOT / "train.py"), *data, *start, "--epochs", str(EPOCHS)],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 encoding="utf-8",
