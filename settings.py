@@ -115,7 +115,7 @@ def own_preset(checked, start=None):
     if start:
         return Preset(
             size, start.model.nh, start.model.depth, epochs, lr=0.003, averaging=0.99,
-            augment=small_set, muon=2, batch_size=32, amp=True, until_done=True,
+            augment=small_set, muon=2, batch_size=32, amp=True, until_done=True, warm_up=20,
         )  # fmt: skip
     return Preset(
         size,
