@@ -6,9 +6,9 @@
     python benchmarks/bench_pages.py kill                     # 50 kills at random moments
     python benchmarks/bench_pages.py pictures                 # of both pages, into assets/
 
-`reader` draws 500 images for each shipped network, and takes 100 test images of each folder, with
-the general network or --weights. `person` labels 500 training images with and without the reader's
-help; then the network that came out reads the test images.
+`reader` draws 500 images for each shipped network, and takes 100 test images of each folder with
+the general network; with --weights only the folders, with these. `person` labels 500 training
+images with and without the reader's help; then the network that came out reads the test images.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def compare(window, name, weights, paths, scratch):
 def bench_reader(args, scratch):
     """Pages against checkpoints: the shipped networks on drawn images, --weights on folders."""
     with browser() as window:
-        for task, weights in SHIPPED_WEIGHTS.items():
+        for task, weights in () if args.weights else SHIPPED_WEIGHTS.items():
             folder = scratch / task
             draw(folder, "--task", task, "--train", 1, "--test", 500, "--seed", FRESH_SEED)
             paths = [sample.path for sample in check(folder).test]
