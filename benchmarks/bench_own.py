@@ -124,10 +124,10 @@ def train(folder, start, count, keep, flags):
             name = f"{folder.name}_{count or 'all'}_from_{start.split()[-1]}.pth"
             shutil.copy(path, keep / name)
     parameters = sum(p.numel() for p in recogniser.model.parameters())
-    accuracy, low, high, cer, _ = found.groups()
     print(
-        f"  from {start}{f', {count} images' if count else ''}: {accuracy} ({low} to {high}), CER "
-        f"{cer}, {seconds:.0f} s, {rows.count(chr(10)) - 1} epochs, {parameters:,} parameters",
+        f"  from {start}{f', {count} images' if count else ''}: {found[1]} ({found[2]} to "
+        f"{found[3]}), CER {found[4]}, {seconds:.0f} s, {rows.count(chr(10)) - 1} epochs, "
+        f"{parameters:,} parameters",
         flush=True,
     )
 
