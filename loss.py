@@ -216,7 +216,8 @@ def moving_average(model, decay):
     """
 
     def update(averages, values, count):
-        now = min(decay, (1 + int(count)) / (10 + int(count)))
+        steps = int(count)
+        now = min(decay, (1 + steps) / (10 + steps))
         get_ema_multi_avg_fn(now)(averages, values, count)
 
     return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
