@@ -244,6 +244,7 @@ class Labelling:
             "id": index,
             "name": item.name,
             "text": reading.text,
+            "confidence": reading.confidence,
             "characters": list(zip(reading.text, reading.char_confidences, strict=True)),
             "label": self.store.texts.get(item.name),
             "unreadable": item.name in self.store.unreadable,
@@ -321,10 +322,8 @@ class Labelling:
     def _train(self):
         """Train on what is labelled, from the last weights, and read the rest anew."""
         with tempfile.TemporaryDirectory() as scratch:
-            shipped = (
-                self.checkpoint in SHIPPED_WEIGHTS.values() or self.checkpoint.suffix != ".pth"
-            )
-            start = [] if shipped else ["--weights", str(self.checkpoint), "--fine-tune"]
+            new = self.checkpoint in SHIPPED_WEIGHTS.values() or self.checkpoint.suffix == ".onnx"
+            start = [] if new else ["--weights", str(self.checkpoint), "--fine-tune"]
             data = ["--data", str(self.args.folder.resolve()), "--skip-bad", "--out", scratch]
             self.process = process = subprocess.Popen(
                 [sys.executable, str(ROOT / "train.py"), *data, *start, "--epochs", str(EPOCHS)],

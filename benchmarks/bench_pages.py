@@ -150,10 +150,14 @@ def person(window, folder, truth, pause):
             text = truth[tab.evaluate("current.name")]
             read = tab.input_value("#text")
             right += read == text
-            # Delete from the end up to the mistake, type the rest, and Enter.
             pairs = zip(read, text, strict=False)
             common = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
-            keys += len(read) + len(text) - 2 * common + 1
+            # Delete from the end up to the mistake and type the rest, or type all anew: a
+            # doubtful reading is selected, so the one takes a key more, else the other.
+            mend, anew = len(read) + len(text) - 2 * common, len(text)
+            selected = tab.evaluate("text.selectionStart < text.selectionEnd")
+            mend, anew = (mend + 1, anew) if selected else (mend, anew + 1)
+            keys += (0 if read == text else min(mend, anew)) + 1
             tab.fill("#text", text)
             tab.evaluate(PRESS, "Enter")
             time.sleep(pause)

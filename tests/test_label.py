@@ -132,6 +132,23 @@ def test_keys_go_back_take_the_second_reading_and_show_text_as_text(images, brow
     assert lines(images / "labels.txt") == [["0.png", "mine"], ["9.png", "mine"]]
 
 
+def test_typing_goes_on_behind_a_sure_reading_and_replaces_a_doubtful_one(images, truth, browser):
+    foreign = (SAMPLES / "complex" / "4QC7.png").read_bytes()  # read with a confidence of 0.2
+    (images / "foreign.png").write_bytes(foreign)
+    page, texts = browser.new_page(), {}
+    with labelling(images, "--train-every", "0", *FLAGS) as address:
+        page.goto(address)
+        for _ in range(10):  # the last of ``images`` looks like the first, and gets its label
+            name = shown(page)
+            assert page.input_value("#text") == truth.get(name, page.input_value("#text")) != ""
+            page.keyboard.type("mine")
+            texts[name] = page.input_value("#text")
+            press(page, "Enter")
+    assert len(texts) == 10
+    assert texts.pop("foreign.png") == "mine"
+    assert texts == {name: f"{truth[name]}mine" for name in texts}
+
+
 @pytest.mark.parametrize("form", ["train.csv", "labels.json", "labels.txt", "beside"])
 def test_existing_labels_are_taken_in_and_kept(form, images, truth, browser):
     known = dict(list(truth.items())[1:5])
