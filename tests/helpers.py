@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ROOT / "assets" / "samples"
@@ -87,6 +87,15 @@ def jpeg(image):
     buffer = io.BytesIO()
     image.save(buffer, "JPEG")
     return buffer.getvalue()
+
+
+def dashes():
+    """A long dashed line, which looks like text to who seeks it."""
+    image = Image.new("RGB", (2400, 60), "white")
+    draw = ImageDraw.Draw(image)
+    for x in range(200, 2200, 12):
+        draw.rectangle((x, 28, x + 5, 34), fill="black")
+    return image
 
 
 def picture():

@@ -8,7 +8,7 @@ from statistics import median
 
 import numpy as np
 import pytest
-from helpers import picture, png
+from helpers import dashes, picture, png
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from ctc_label_converter import columns_needed
@@ -109,6 +109,13 @@ def test_text_is_found_in_much_background():
         area = (found[2] - found[0]) * (found[3] - found[1])
         times.append(area / (right - left) / (bottom - top))
     assert median(times) < 3
+
+
+def test_what_is_found_as_text_is_not_read_where_it_is_too_long():
+    """The image alone is not, so it is read whole."""
+    left, top, right, bottom = text_box(dashes())
+    assert (right - left) / (bottom - top) * 32 > 4096
+    assert [view.shape for view in Preprocess(32, trim=None).views(dashes())] == [(3, 32, 1280)]
 
 
 @pytest.mark.parametrize("size", [(2, 2), (2, 90), (90, 2), (33, 17)])

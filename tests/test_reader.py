@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 import pytest
-from helpers import ROOT, SAMPLES, assert_clear_error, jpeg, png, run_script
+from helpers import ROOT, SAMPLES, assert_clear_error, dashes, jpeg, png, run_script
 from PIL import Image
 
 from infer_tool import SHIPPED_WEIGHTS, RecInfer, export_page
@@ -48,6 +48,7 @@ def odd_images():
         buffer = io.BytesIO()
         image.save(buffer, "PNG", exif=exif)
         yield buffer.getvalue()
+    yield png(dashes())
 
 
 @pytest.mark.parametrize("task", TASKS)
