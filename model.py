@@ -51,7 +51,22 @@ class ConvBNACT(nn.Module):
         self.act = nn.GELU()
 
     def forward(self, x):
+        if self.training and x.device.type == "cpu":
+            return self._by_places(x)
         return self.act(self.bn(self.conv(x)))
+
+    def _by_places(self, x):
+        """The same with the channels of a place side by side in memory, for a step on the CPU.
+
+        Pointwise it is a matrix product. Normalisation, activation and all their gradients
+        pass over one matrix, (N * H' * W', C_out), from front to back.
+        """
+        if self.conv.kernel_size == (1, 1):
+            x = F.linear(x.movedim(1, 3), self.conv.weight.flatten(1), self.conv.bias)
+        else:
+            x = self.conv(x).movedim(1, 3)  # (N, H', W', C_out)
+        matrix = x.reshape(-1, x.shape[3], 1, 1)
+        return self.act(self.bn(matrix)).view(x.shape).movedim(3, 1)
 
 
 class MicroBlock(nn.Module):

@@ -1,5 +1,7 @@
 """MicroNet is the network of the published table, and padding does not reach its output."""
 
+import copy
+
 import pytest
 import torch
 from helpers import run_script
@@ -7,6 +9,7 @@ from helpers import run_script
 from ctc_label_converter import CTCLabelConverter
 from image import Preprocess
 from model import (
+    ConvBNACT,
     MicroNet,
     Recogniser,
     count_parameters,
@@ -79,6 +82,27 @@ def test_padding_and_neighbours_change_nothing():
     for image, width, logits in zip(images, widths, together, strict=True):
         alone = model(image[None, :, :, :width])
         torch.testing.assert_close(alone[0], logits[: width // 4], atol=1e-5, rtol=1e-5)
+
+
+def test_a_training_step_is_that_of_convolution_normalisation_and_activation():
+    """It computes in another order than an evaluation: the same outputs, gradients, statistics."""
+    torch.manual_seed(0)
+    results = []
+    model = MicroNet(nh=8, nclass=11).double()
+    images, start = torch.randn(3, 3, 32, 64).double(), copy.deepcopy(model.state_dict())
+    for plain in (False, True):
+        model.load_state_dict(start)
+        model.train().zero_grad()
+        if plain:
+            for module in model.modules():
+                if isinstance(module, ConvBNACT):
+                    module.forward = torch.nn.Sequential(module.conv, module.bn, module.act).forward
+        output = model(images)
+        output.square().mean().backward()
+        gradients = [parameter.grad.clone() for parameter in model.parameters()]
+        results.append([output, *gradients, *(buffer.clone() for buffer in model.buffers())])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_shapes_that_do_not_fit_are_refused():
