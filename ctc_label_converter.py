@@ -169,19 +169,25 @@ class CTCLabelConverter:
         if columns is None:
             columns = np.full(len(probs), probs.shape[1])
         if self.expect_numbers:
-            return [
+            readings = [
                 self._decode_expecting_numbers(image[:count])
                 for image, count in zip(probs, columns, strict=True)
             ]
-        if len(probs) == 1:
-            reading = self._decode_one(probs[0, : columns[0]])
+        elif len(probs) == 1:
+            readings = [self._decode_one(probs[0, : columns[0]])]
+        else:
+            readings = self._decode_many(probs, columns)
+        for i, reading in enumerate(readings):
             if self.length not in (None, len(reading.text)):
-                [reading] = self._search(logits[:, : columns[0]], Search())
-            return self._turned([reading])
+                [readings[i]] = self._search(logits[i : i + 1, : columns[i]], Search())
+        return self._turned(readings)
+
+    def _decode_many(self, probs, columns):
+        """`decode` of several images' (N, T, nclass) probabilities."""
         targets, char_confidences, lengths = best_path(probs, columns)
         confidences = text_probability(probs, targets, columns, lengths)
         ends = np.cumsum(lengths)
-        readings = [
+        return [
             Reading(
                 "".join([self._character_of[k] for k in targets[a:b].tolist()]),
                 float(confidence),
@@ -189,10 +195,6 @@ class CTCLabelConverter:
             )
             for a, b, confidence in zip(ends - lengths, ends, confidences, strict=True)
         ]
-        if self.length is not None:
-            for i in np.flatnonzero(lengths != self.length):
-                [readings[i]] = self._search(logits[i : i + 1, : columns[i]], Search())
-        return self._turned(readings)
 
     def _decode_one(self, probs):
         """`decode` of one image's (T, nclass) probabilities, where numpy's calls cost the most."""
