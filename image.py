@@ -100,10 +100,9 @@ class Preprocess:
         found = [self(image)]
         if self.trim is None:
             left, top, right, bottom = box = text_box(image)
-            width, height = right - left, bottom - top
-            fits = width * self.height <= MAX_WIDTH * height  # a line found as text may not
-            if fits and width * height < image.width * image.height / 2:
-                found.append(self(image.crop(box)))
+            if (right - left) * (bottom - top) < image.width * image.height / 2:
+                with contextlib.suppress(ImageError):  # a line found as text may be too long
+                    found.append(self(image.crop(box)))
         return found
 
     def width_of(self, width, height):

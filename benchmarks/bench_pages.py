@@ -154,10 +154,10 @@ def person(window, folder, truth, pause):
             common = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
             # Delete from the end up to the mistake and type the rest, or type all anew: a
             # doubtful reading is selected, so the one takes a key more, else the other.
-            mend, anew = len(read) + len(text) - 2 * common, len(text)
             selected = tab.evaluate("text.selectionStart < text.selectionEnd")
-            mend, anew = (mend + 1, anew) if selected else (mend, anew + 1)
-            keys += (0 if read == text else min(mend, anew)) + 1
+            mend = len(read) + len(text) - 2 * common + selected
+            anew = len(text) + (not selected)
+            keys += 1 + (0 if read == text else min(mend, anew))
             tab.fill("#text", text)
             tab.evaluate(PRESS, "Enter")
             time.sleep(pause)
