@@ -18,7 +18,7 @@ SETTINGS = ("alphabet", "temperature", "length", "right_to_left", "expect_number
 TEMPERATURES = tuple(round(0.7 * 1.1**i, 3) for i in range(15))
 # Where numbers are to be expected: how much more than other texts those of these characters
 # are. What looks as much like "loo" as like "100" is a number.
-NUMBERS = {"0123456789.,:-/ ": 3.0, "0123456789": 50.0}
+NUMBERS = {"0123456789.,:-/ ": 10.0, "0123456789": 300.0}
 
 
 class Reading(NamedTuple):
