@@ -108,14 +108,18 @@ def own_preset(checked, start=None):
     """
     images, size = len(checked.train), checked.preprocess
     epochs = min(300, max(3, round(4700 / math.sqrt(images))))
+    # Over some three epochs of many images, or the loss that ends the training only flickers.
+    averaging = min(0.999, max(0.99, 1 - 12 / images))
     # Much background, or much detail: what varies in size, place and font is harder to read.
     hard = size.trim or size.height > 32
     # Looks are for many fonts: where there is one, they blur what tells 0 from O.
     small_set = "looks" if hard else "affine"
     if start:
+        # At a high rate few images are done sooner and read worse.
         return Preset(
-            size, start.model.nh, start.model.depth, epochs, lr=0.003, averaging=0.99,
-            augment=small_set, muon=2, batch_size=32, amp=True, until_done=True, warm_up=20,
+            size, start.model.nh, start.model.depth, epochs, lr=0.003 if images < 2000 else 0.01,
+            averaging=averaging, augment=small_set, muon=2, batch_size=32, amp=True,
+            until_done=True, warm_up=20,
         )  # fmt: skip
     return Preset(
         size,
@@ -124,7 +128,7 @@ def own_preset(checked, start=None):
         depth=max(round(size.height / 6), 8 if hard else 1),
         epochs=epochs,
         lr=0.01,
-        averaging=0.99,
+        averaging=averaging,
         augment="shift" if images >= 20000 else small_set,
         flat=300,
         muon=2,
