@@ -31,6 +31,7 @@ import time
 import webbrowser
 from collections import defaultdict, deque
 from dataclasses import dataclass
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
@@ -167,8 +168,8 @@ class Labelling:
         self.args, self.lock = args, threading.RLock()
         self.work = threading.Condition(self.lock)
         self.store = LabelStore(args.folder, args.check)
-        inside = args.folder.resolve()
-        paths = [p for p in find_images(args.folder) if p.resolve().is_relative_to(inside)]
+        inside = cache(lambda path: path.resolve().is_relative_to(args.folder.resolve()))
+        paths = [p for p in find_images(args.folder) if inside(p if p.is_symlink() else p.parent)]
         names = [self.store.name_of(path) for path in paths]
         for name in filter(unusable, names):
             raise ValueError(f"{name!r}: no label file can hold this name, rename the image")

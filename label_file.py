@@ -377,7 +377,7 @@ def _beside(paths):
     found = {}
     for path in paths:
         stem = path.name.removesuffix(path.suffix)
-        for name in (stem, re.sub(r"\.(nrm|bin)$", "", stem)):
+        for name in dict.fromkeys((stem, re.sub(r"\.(nrm|bin)$", "", stem))):  # mostly one
             texts = [path.with_name(f"{name}{kind}") for kind in (".gt.txt", ".txt")]
             text = next((text for text in texts if text.is_file()), None)
             if text:
