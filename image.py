@@ -146,8 +146,9 @@ def find_images(folder):
         seen.add(real)
         folders[:] = [name for name in folders if name[0] != "." and name not in NO_FOLDERS]
         names = [name for name in files if name.lower().endswith(SUFFIXES) and name[0] != "."]
-        found += [Path(parent, name) for name in names if not name.endswith(OUR_PICTURES)]
-    return sorted(found)
+        below = Path(parent)
+        found += [below / name for name in names if not name.endswith(OUR_PICTURES)]
+    return sorted(found, key=lambda path: path.parts)  # paths themselves compare slowly
 
 
 class ImageFinder:
