@@ -139,7 +139,8 @@ class OnDevice:
 
     def __init__(self, dataset, converter, device):
         everything = Collate(converter)(dataset)
-        self.images = everything.images.to(device)
+        # The channels of a pixel side by side: so the network wants them, see `ConvBNACT`.
+        self.images = everything.images.to(device).movedim(1, 3).contiguous()
         self.widths, self.labels = everything.widths, everything.labels
         self.converter = converter
 
@@ -155,7 +156,8 @@ class OnDevice:
         """The `Batch` of some images, the same as `Collate` makes of them."""
         chosen = torch.tensor(indices)
         widths = self.widths[chosen]
-        images = self.images[..., : widths.max()][chosen.to(self.images.device)]
+        images = self.images.index_select(0, chosen.to(self.images.device)).movedim(3, 1)
+        images = images[..., : widths.max()]
         labels = [self.labels[i] for i in indices]
         targets, lengths = map(torch.from_numpy, self.converter.encode(labels))
         return Batch(images, widths, targets, lengths, labels, list(indices), len(labels))
@@ -295,11 +297,14 @@ def machine_memory():
 
 def random_shift(images):
     """Move a batch by some whole pixels, its edges repeated. (N, 3, H, W) -> same."""
-    x = torch.randint(2 * SHIFT_X + 1, ()).item()
-    y = torch.randint(2 * SHIFT_Y + 1, ()).item()
-    height, width = images.shape[2:]
-    padded = F.pad(images, (SHIFT_X, SHIFT_X, SHIFT_Y, SHIFT_Y), mode="replicate")
-    return padded[:, :, y : y + height, x : x + width]
+    for dim, most in (3, SHIFT_X), (2, SHIFT_Y):
+        by, size = torch.randint(-most, most + 1, ()).item(), images.shape[dim]
+        # Not padding, which takes the channels apart, and whose views are copied twice later.
+        edge = images.narrow(dim, 0 if by > 0 else size - 1, 1)
+        rest = images.narrow(dim, max(0, -by), size - abs(by))
+        edges = [edge] * abs(by)
+        images = torch.cat([*edges, rest] if by > 0 else [rest, *edges], dim) if by else images
+    return images
 
 
 def affine_grid(images, strength):

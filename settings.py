@@ -45,7 +45,7 @@ class Preset:
         nh, depth: of the `model.MicroNet`.
         epochs: times that each image is trained on.
         lr: peak learning rate.
-        averaging: decay per step of the weights' average, see `loss.moving_average`.
+        averaging: decay per step of the weights' average, see `loss.MovingAverage`.
         augment: one of `collatefn.AUGMENTATIONS`.
         power: of the cosine that the learning rates follow.
         flat: steps over which a flat start gives way to CTC, 0 or None: see `loss.CTCLoss`.

@@ -34,7 +34,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -49,6 +48,7 @@ from collatefn import (
     gather,
     lost_process,
     processes,
+    random_shift,
     start_processes,
     training_loader,
 )
@@ -59,12 +59,12 @@ from infer_tool import latest_weights, written_weights
 from keys import command
 from loss import (
     CTCLoss,
+    MovingAverage,
     Muon,
     batch_logits,
     fall_of,
     learning_rate,
     make_optimizers,
-    moving_average,
     take_step,
 )
 
@@ -101,7 +101,7 @@ class Run:
 
     recogniser: network.Recogniser
     forward: torch.nn.Module
-    average: AveragedModel
+    average: MovingAverage
     optimizers: list
     scaler: torch.amp.GradScaler
     autocast: nullcontext
@@ -127,8 +127,10 @@ class Run:
 
 def loss_of(run, batch, criterion):
     """The mean loss of a batch's images."""
-    images = run.plan.preset.preprocess.normalise(batch.images.to(run.device, non_blocking=True))
-    images = AUGMENTATIONS[run.plan.preset.augment](images)
+    images, preset = batch.images.to(run.device, non_blocking=True), run.plan.preset
+    augment, normalise = AUGMENTATIONS[preset.augment], preset.preprocess.normalise
+    # Whole pixels are moved as bytes, a quarter of what the numbers would take.
+    images = normalise(augment(images)) if augment is random_shift else augment(normalise(images))
     with run.autocast:
         logits, targets = batch_logits(run.forward, images, batch, run.recogniser.converter.nclass)
     return criterion(logits.float(), targets, batch.columns, batch.target_lengths)
@@ -162,7 +164,7 @@ def train_epoch(run, bar):
         count = len(batch.labels)
         share = count * processes()[1] / batch.whole
         if take_step(model, run.optimizers, run.scaler, loss * share):
-            run.average.update_parameters(model)
+            run.average.update()
             total_loss += loss.detach() * count
             images += count
             in_a_row = 0
@@ -249,7 +251,7 @@ def set_up(args, plan, files, start, device):
     autocast, scaler = network.precision(preset.amp, device)
     return Run(
         recogniser, torch.compile(forward) if args.compile else forward,
-        moving_average(model, preset.averaging),
+        MovingAverage(model, preset.averaging),
         make_optimizers(model, preset.lr, preset.muon), scaler, autocast, batches_of,
         batches_of(checked.train), held_out, order, plan, plan.identity(args), files, Progress(),
         device,
@@ -257,11 +259,17 @@ def set_up(args, plan, files, start, device):
 
 
 def resume(run, state):
-    """Set a `Run` to what `model.load_state` has loaded."""
-    for name, part in run.parts().items():
-        part.load_state_dict(state[name])
-    known = state["progress"]
-    run.progress = Progress(**{key: known[key] for key in vars(run.progress)})
+    """Set a `Run` to what `model.load_state` has loaded. Raises ValueError where that differs."""
+    try:
+        for name, part in run.parts().items():
+            part.load_state_dict(state[name])
+        known = state["progress"]
+        run.progress = Progress(**{key: known[key] for key in vars(run.progress)})
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"{run.files.state}: another version of this program wrote it ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}): leave out --resume to begin a new training"
+        ) from None
     run.progress.rows = [metric.EpochResult(n, *map(float, rest)) for n, *rest in known["rows"]]
     run.order.set_state(run.progress.order)
     rank, world = processes()
@@ -291,7 +299,7 @@ def next_epoch(run, bar, began):
     """Train and evaluate. Returns the `metric.EpochResult`, which is in the progress by then."""
     train_loss, lr = train_epoch(run, bar)
     if processes()[1] > 1:  # each process has seen other images
-        for buffer in run.average.buffers():
+        for buffer in run.average.module.buffers():
             distributed.broadcast(buffer, 0)
     test_loss, readings = evaluate(run.averaged(), run.held_out, run.device)
     texts, progress = [reading.text for reading in readings], run.progress

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ctc_label_converter import CTCLabelConverter
-from loss import SAMPLED, CTCLoss, moving_average, sample_classes
+from loss import SAMPLED, CTCLoss, MovingAverage, sample_classes
 from model import MicroNet
 
 ALPHABET = "ab "
@@ -69,12 +69,12 @@ def test_sampled_classes_are_a_fair_share_of_all():
 @pytest.mark.parametrize("decay", [0, 0.99])
 def test_the_average_spans_few_steps_at_first_and_many_later(decay):
     model = torch.nn.Linear(1, 1)
-    average = moving_average(model, decay)
+    average = MovingAverage(model, decay)
 
     def after(steps, value):
         torch.nn.init.constant_(model.weight, value)
         for _ in range(steps):
-            average.update_parameters(model)
+            average.update()
         return average.module.weight.item()
 
     after(1, 0.0)

@@ -372,6 +372,9 @@ def test_only_the_same_training_is_resumed(digits, undisturbed, tmp_path):
     copy.write_bytes(state.read_bytes()[:-1000])
     process = run_script("train.py", "--data", digits, *BRIEF, "--resume", cwd=tmp_path)
     assert_clear_error(process, f"{BRIEF_NAME}.resume", "no state of an unfinished training")
+    torch.save({**torch.load(state, weights_only=True), "average": {}}, copy)
+    process = run_script("train.py", "--data", digits, *BRIEF, "--resume", cwd=tmp_path)
+    assert_clear_error(process, f"{BRIEF_NAME}.resume", "another version of this program")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of file sizes")
