@@ -10,6 +10,7 @@ characters follow in order, so ``nclass = len(alphabet) + 1``.
 
 import _thread
 import codecs
+import gc
 import importlib
 import math
 import os
@@ -287,6 +288,7 @@ def command(main):
         if not isinstance(error.__cause__, KeyboardInterrupt):
             raise
         status = f"{name}: interrupted"
+    gc.freeze()  # or the end looks for what it may free, with PyTorch for half a second and more
     sys.exit(status)
 
 

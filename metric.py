@@ -13,7 +13,7 @@ from typing import NamedTuple
 from image import contact_sheet, read_image, save_picture, write_atomically
 from keys import import_or_say
 
-CURVES_PAUSE = 10  # seconds; drawing them takes longer than an epoch may
+CURVES_PAUSE = 60  # seconds; drawing them takes longer than an epoch may
 MISTAKES = 40  # images on the sheet of mistakes
 
 
@@ -207,7 +207,9 @@ def save_curves(path, results):
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         return
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    # By hand: layouts that matplotlib finds, and powers of ten, take more than all the rest.
+    figure = Figure(figsize=(9, 6))
+    figure.subplots_adjust(left=0.07, right=0.98, top=0.95, bottom=0.08, hspace=0.35)
     shown = (
         ("loss, nats per image", ("train_loss", "test_loss"), "log"),
         ("word accuracy", ("word_accuracy",), "linear"),
@@ -219,6 +221,7 @@ def save_curves(path, results):
         for name in names:
             axes.plot(epochs, [getattr(r, name) for r in results], marker=".", label=name)
         axes.set(title=title, xlabel="epoch", yscale=scale)
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
         if len(names) > 1:
             axes.legend()
