@@ -1,4 +1,4 @@
-"""What is minimised and how: the CTC loss, of all classes or a sample, optimizers, their rates."""
+"""What is minimised and how: the CTC loss, of all classes or a sample, optimizer and its rate."""
 
 import copy
 import math
@@ -6,6 +6,7 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.adamw import adamw
 
 from ctc_label_converter import BLANK
 
@@ -18,6 +19,7 @@ SAMPLED = 256
 # keep all columns in play until the features can tell which sees the most.
 SMOOTHING, SMOOTHING_STEPS = 0.03, 150
 CLIP = 5.0  # largest norm of the gradient
+MUON = 3.4445, -4.7750, 2.0315  # of the polynomial that drives singular values near to 1
 # A training that ends when it is done: share of its epochs without a lower loss, and the
 # fewest steps, before the rate falls; how long the fall is, in the epochs before it.
 PATIENCE, PATIENT_STEPS, FALL = 0.25, 100, 0.4
@@ -148,58 +150,77 @@ def batch_logits(network, images, batch, nclass):
     return logits + correction.to(images.device), targets
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose steps are orthogonal matrices, for weights that mix channels.
+def orthogonal(matrix):
+    """The matrix with all its singular values near to 1, as Muon drives them there."""
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / (x.norm() + 1e-7)
+    a, b, c = MUON
+    for _ in range(5):
+        square = x @ x.T
+        mixed = torch.addmm(square, square, square, beta=b, alpha=c)
+        x = torch.addmm(x, mixed, x, beta=a)
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
 
-    Keller Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024,
-    https://kellerjordan.github.io/posts/muon/. PyTorch has one of its own from 2.9 on.
+
+class Optimizer:
+    """Muon for the weights that mix channels, AdamW for all others.
+
+    AdamW: Loshchilov and Hutter, arXiv 1711.05101. Muon, momentum whose steps are orthogonal
+    matrices: Keller Jordan et al., "Muon: An optimizer for hidden layers in neural networks",
+    2024, https://kellerjordan.github.io/posts/muon/.
+
+    It is none of `torch.optim`'s, which load PyTorch's compiler when they are made: with what
+    that takes to end, a fifteenth of a whole training of the simple task.
+
+    Args:
+        model: a `model.MicroNet`, on its device.
+        muon: Muon's rate, in AdamW's. 0: AdamW for all.
+
+    Attributes:
+        lr: AdamW's rate, of the next step.
+        param_groups: what `torch.amp.GradScaler` asks for.
     """
 
-    MOMENTUM = 0.95
-    # Of the polynomial that drives all singular values of a matrix near to 1.
-    A, B, C = 3.4445, -4.7750, 2.0315
+    MOMENTUM, BETAS, EPSILON, DECAY = 0.95, (0.9, 0.99), 1e-8, 0.01
 
-    def __init__(self, parameters, lr):
-        super().__init__(parameters, {"lr": lr})
+    def __init__(self, model, muon):
+        self.lr, self.muon = 0.0, muon
+        mixing = [model.patches.conv.weight, *(b.pointwise.conv.weight for b in model.blocks)]
+        self.mixing = mixing if muon else []
+        rest = [p for p in model.parameters() if all(p is not own for own in self.mixing)]
+        self.rest = sorted(rest, key=lambda parameter: parameter.ndim > 1)
+        self.param_groups = [{"params": self.mixing + self.rest}]
+        self.state = {
+            "momentum": [torch.zeros_like(weight) for weight in self.mixing],
+            "mean": [torch.zeros_like(parameter) for parameter in self.rest],
+            "square": [torch.zeros_like(parameter) for parameter in self.rest],
+            "steps": [torch.zeros((), device=parameter.device) for parameter in self.rest],
+        }
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            for weight in group["params"]:
-                state = self.state[weight]
-                if not state:
-                    state["momentum"] = torch.zeros_like(weight)
-                momentum = state["momentum"].mul_(self.MOMENTUM).add_(weight.grad)
-                x = (weight.grad + self.MOMENTUM * momentum).flatten(1)
-                rows, columns = x.shape
-                if rows > columns:
-                    x = x.T
-                x = x / (x.norm() + 1e-7)
-                for _ in range(5):
-                    square = x @ x.T
-                    mixed = torch.addmm(square, square, square, beta=self.B, alpha=self.C)
-                    x = torch.addmm(x, mixed, x, beta=self.A)
-                if rows > columns:
-                    x = x.T
-                scale = max(1, rows / columns) ** 0.5
-                weight.add_(x.reshape(weight.shape), alpha=-group["lr"] * scale)
+        vectors = sum(parameter.ndim < 2 for parameter in self.rest)
+        for part, decay in (slice(vectors), 0.0), (slice(vectors, None), self.DECAY):
+            parameters = self.rest[part]
+            state = [self.state[name][part] for name in ("mean", "square")]
+            adamw(
+                parameters, [p.grad for p in parameters], *state, [], self.state["steps"][part],
+                fused=parameters[0].device.type != "mps", amsgrad=False, maximize=False, lr=self.lr,
+                beta1=self.BETAS[0], beta2=self.BETAS[1], eps=self.EPSILON, weight_decay=decay,
+            )  # fmt: skip
+        for weight, momentum in zip(self.mixing, self.state["momentum"], strict=True):
+            momentum.mul_(self.MOMENTUM).add_(weight.grad)
+            matrix = (weight.grad + self.MOMENTUM * momentum).flatten(1)
+            rate = self.lr * self.muon * max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5
+            weight.add_(orthogonal(matrix).reshape(weight.shape), alpha=-rate)
 
+    def state_dict(self):
+        return self.state
 
-def make_optimizers(model, lr, muon):
-    """AdamW at rate ``lr``, and `Muon` at ``muon`` times that for what mixes channels, if not 0."""
-    mixing = [model.patches.conv.weight, *(block.pointwise.conv.weight for block in model.blocks)]
-    mixing = mixing if muon else []
-    rest = [p for p in model.parameters() if all(p is not own for own in mixing)]
-    adamw = torch.optim.AdamW(
-        [
-            {"params": [p for p in rest if p.ndim > 1], "weight_decay": 0.01},
-            {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0.0},
-        ],
-        lr=lr,
-        betas=(0.9, 0.99),
-        fused=next(model.parameters()).device.type != "mps",
-    )
-    return [adamw, Muon(mixing, muon * lr)] if muon else [adamw]
+    def load_state_dict(self, state):
+        for name, tensors in self.state.items():
+            for own, value in zip(tensors, state[name], strict=True):
+                own.copy_(value)
 
 
 class MovingAverage:
@@ -289,12 +310,11 @@ def fall_of(results, most, steps):
     return min(most - epochs, length)
 
 
-def take_step(model, optimizers, scaler, loss):
+def take_step(model, optimizer, scaler, loss):
     """One step down the gradient of ``loss``. Returns False, and changes nothing, if not finite."""
     model.zero_grad()
     scaler.scale(loss).backward()
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer)
+    scaler.unscale_(optimizer)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     # As torch.nn.utils.clip_grad_norm_, which on the CPU takes four calls for each of them.
     norm = torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
@@ -303,7 +323,6 @@ def take_step(model, optimizers, scaler, loss):
         for gradient in gradients:
             gradient.mul_(CLIP / norm)
     if finite:
-        for optimizer in optimizers:
-            scaler.step(optimizer)
+        scaler.step(optimizer)
     scaler.update()
     return finite

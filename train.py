@@ -60,11 +60,10 @@ from keys import command
 from loss import (
     CTCLoss,
     MovingAverage,
-    Muon,
+    Optimizer,
     batch_logits,
     fall_of,
     learning_rate,
-    make_optimizers,
     take_step,
 )
 
@@ -102,7 +101,7 @@ class Run:
     recogniser: network.Recogniser
     forward: torch.nn.Module
     average: MovingAverage
-    optimizers: list
+    optimizer: Optimizer
     scaler: torch.amp.GradScaler
     autocast: nullcontext
     batches_of: Callable
@@ -117,8 +116,10 @@ class Run:
 
     def parts(self):
         """{name: what has a state that --resume needs}."""
-        parts = {"model": self.recogniser.model, "average": self.average, "scaler": self.scaler}
-        return parts | {type(optimizer).__name__: optimizer for optimizer in self.optimizers}
+        return {
+            "model": self.recogniser.model, "average": self.average, "optimizer": self.optimizer,
+            "scaler": self.scaler,
+        }  # fmt: skip
 
     def averaged(self):
         """The `model.Recogniser` with the average of the weights."""
@@ -137,15 +138,12 @@ def loss_of(run, batch, criterion):
 
 
 def set_learning_rate(run):
-    """Set the optimizers to the rate of the step that comes next. Returns AdamW's."""
+    """Set the rate of the step that comes next, and return it."""
     preset = run.plan.preset
     steps = preset.epochs * len(run.train_batches)
     fall = run.progress.fall and run.progress.fall[::2]
-    lr = learning_rate(preset, run.progress.step, steps, fall)
-    for optimizer in run.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * preset.muon if isinstance(optimizer, Muon) else lr
-    return lr
+    run.optimizer.lr = learning_rate(preset, run.progress.step, steps, fall)
+    return run.optimizer.lr
 
 
 def train_epoch(run, bar):
@@ -163,7 +161,7 @@ def train_epoch(run, bar):
         # The processes' gradients are averaged, their shares of a batch may differ by an image.
         count = len(batch.labels)
         share = count * processes()[1] / batch.whole
-        if take_step(model, run.optimizers, run.scaler, loss * share):
+        if take_step(model, run.optimizer, run.scaler, loss * share):
             run.average.update()
             total_loss += loss.detach() * count
             images += count
@@ -252,7 +250,7 @@ def set_up(args, plan, files, start, device):
     return Run(
         recogniser, torch.compile(forward) if args.compile else forward,
         MovingAverage(model, preset.averaging),
-        make_optimizers(model, preset.lr, preset.muon), scaler, autocast, batches_of,
+        Optimizer(model, preset.muon), scaler, autocast, batches_of,
         batches_of(checked.train), held_out, order, plan, plan.identity(args), files, Progress(),
         device,
     )  # fmt: skip

@@ -1,11 +1,13 @@
 """The loss against what it is defined by, and a sample of classes against all of them."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from ctc_label_converter import CTCLabelConverter
-from loss import SAMPLED, CTCLoss, MovingAverage, sample_classes
+from loss import SAMPLED, CTCLoss, MovingAverage, Optimizer, orthogonal, sample_classes
 from model import MicroNet
 
 ALPHABET = "ab "
@@ -64,6 +66,34 @@ def test_sampled_classes_are_a_fair_share_of_all():
         assert torch.allclose(model(images, classes=classes), model(images)[:, :, classes])
     # Equal logits: the sample weighs as much as all classes together.
     assert correction.exp().sum().item() == pytest.approx(2000, rel=1e-4)
+
+
+def test_without_muon_the_optimizer_is_adamw():
+    torch.manual_seed(0)
+    model = MicroNet(nh=4, depth=1, nclass=5)
+    other = copy.deepcopy(model)
+    optimizer = Optimizer(model, muon=0)
+    matrices = [p for p in other.parameters() if p.ndim > 1]
+    vectors = [{"params": [p for p in other.parameters() if p.ndim < 2], "weight_decay": 0}]
+    theirs = torch.optim.AdamW([{"params": matrices}, *vectors], betas=(0.9, 0.99))
+    for lr in (0.01, 0.02, 0.005):
+        optimizer.lr = lr
+        for group in theirs.param_groups:
+            group["lr"] = lr
+        for own, their in zip(model.parameters(), other.parameters(), strict=True):
+            own.grad = torch.randn_like(own)
+            their.grad = own.grad.clone()
+        optimizer.step()
+        theirs.step()
+    for own, their in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.allclose(own, their, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(16, 48), (48, 16), (16, 16)])
+def test_muon_steps_are_nearly_orthogonal(shape):
+    values = torch.linalg.svdvals(orthogonal(torch.randn(shape, generator=torch.manual_seed(0))))
+    assert values.median() == pytest.approx(1, abs=0.3)
+    assert values.max() < 1.3
 
 
 @pytest.mark.parametrize("decay", [0, 0.99])

@@ -21,7 +21,7 @@ from PIL import Image
 from collatefn import Batch
 from ctc_label_converter import CTCLabelConverter
 from infer_tool import SHIPPED_WEIGHTS, RecInfer
-from loss import CTCLoss, fall_of, learning_rate, make_optimizers, take_step
+from loss import CTCLoss, Optimizer, fall_of, learning_rate, take_step
 from metric import EpochResult
 from model import MicroNet, precision
 from settings import PRESETS
@@ -417,15 +417,15 @@ def digits_batch(labels):
 def test_a_step_that_is_not_finite_changes_nothing():
     torch.manual_seed(0)
     model = MicroNet(4, 1, 11)
-    optimizers = make_optimizers(model, 0.01, 2)
-    scaler = precision(False, torch.device("cpu"))[1]
+    optimizer, scaler = Optimizer(model, 2), precision(False, torch.device("cpu"))[1]
+    optimizer.lr = 0.01
     for labels, finite in ((["12"], True), (["1" * 30], False), (["34"], True)):
         batch = digits_batch(labels)  # 30 equal characters need more columns than there are
         loss = CTCLoss()(
             model(torch.randn(1, 3, 32, 64)), batch.targets, batch.columns, batch.target_lengths
         )
         before = [p.clone() for p in model.parameters()]
-        assert take_step(model, optimizers, scaler, loss) == finite
+        assert take_step(model, optimizer, scaler, loss) == finite
         same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
         assert same != finite
     assert all(p.isfinite().all() for p in model.parameters())
