@@ -500,8 +500,11 @@ def short_text_probability(probs, targets):
     # Of all ways to the column: those that stand on character i, and on the blank before it.
     characters, blanks = [0.0] * len(targets), [1.0] + [0.0] * len(targets)
     repeated = [True, *(a == b for a, b in pairwise(targets))]
+    certain = False
     for blank, *emission in probs[:, [BLANK, *targets]].tolist():
-        before = 0.0  # that stood on character i - 1
+        if certain and blank == 1:  # of all ways, nothing has been on a character since
+            continue
+        certain, before = blank == 1, 0.0  # before: that stood on character i - 1
         for i, probability in enumerate(emission):
             standing, here = characters[i], blanks[i]
             blanks[i] = (here + before) * blank

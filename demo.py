@@ -35,7 +35,6 @@ from image import (
 )  # fmt: skip
 from infer_tool import ROOT, SHIPPED_WEIGHTS, RecInfer, latest_weights
 from keys import command, load_alphabet
-from label_file import read_label_file
 
 SAMPLES = ROOT / "assets" / "samples"
 SHEET = 400  # images on the contact sheet, at most
@@ -60,6 +59,8 @@ def list_images(arguments):
 
 def read_labels(path):
     """{absolute path of an image: its label} of a label file."""
+    from label_file import read_label_file  # a thirtieth of a start, and seldom needed
+
     images = ImageFinder(path.parent)
     return {
         (images.find(name) or path.parent / name).resolve(): label
@@ -238,6 +239,7 @@ def main():
         samples = SAMPLES / "simple"
     paths = list_images(args.images or list(labels) or [samples])
 
+    waited_for = Path("-") in args.images  # by a program that asks again when it has an answer
     failed, right, compared, shown = 0, 0, 0, []
     if sys.stderr.isatty():  # no bar where nobody watches
         from tqdm import tqdm  # which takes a third of the time of a start
@@ -248,10 +250,10 @@ def main():
             failed += 1
             print(f"demo.py: error: {result}", file=sys.stderr)
             if args.json:
-                print(as_json(path, result, args), flush=True)
+                print(as_json(path, result, args), flush=waited_for)
             continue
         line = as_json(path, result, args) if args.json else as_row(path, result, args)
-        print(line, flush=True)  # to a program that waits for it before it asks again
+        print(line, flush=waited_for)
         label = labels.get(path.resolve()) if labels else None
         compared += label is not None
         right += same(label, result.text, args.ignore_case)

@@ -14,12 +14,10 @@ import re
 import tempfile
 import threading
 import time
-import uuid
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -409,11 +407,11 @@ def fitting_preprocess(sizes, text_sizes, needed, height=None, width=None, trim=
         shares = [
             math.prod(text) / math.prod(size) for size, text in zip(sizes, text_sizes, strict=True)
         ]
-        trim = median(shares) < 0.5
+        trim = bool(np.median(shares) < 0.5)
     if trim:
         sizes = text_sizes
     if not height:
-        detailed = median(h for _, h in sizes) > 50
+        detailed = np.median([h for _, h in sizes]) > 50
         height = 40 if trim else 48 if detailed else 32
     if width:
         return Preprocess(height, width, trim)
@@ -478,7 +476,7 @@ def write_atomically(path, content):
     ``path`` stays in use by another program.
     """
     # Of its own, whoever else writes to the same path.
-    scratch = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.unfinished")
+    scratch = path.with_name(f"{path.name}.{os.urandom(6).hex()}.unfinished")
     try:
         with scratch.open("wb") as file:
             file.write(content)

@@ -47,7 +47,7 @@ OPERATORS = {
     "Add", "Cast", "Concat", "Constant", "Conv", "Div", "Erf", "Flatten", "Gather", "Identity",
     "MatMul", "Mul", "Reshape", "Shape", "Slice", "Transpose", "Unsqueeze",
 }  # fmt: skip
-QUICK = 2e-4  # seconds
+QUICK = 5e-4  # seconds
 INPUT = "images"  # name of its input
 MAX_LOGITS = 2**23  # numbers of a batch, at most
 BATCH_SIZE = 64  # images per forward pass; 256 large ones leave the cache and take twice as long
@@ -285,14 +285,14 @@ class RecInfer:
             readings = [reading for _, reading in self.stream(image, search)]
         else:
             self._after_fork()
-            readings = self._results([image], 0, search)
+            readings = self._results(self._views([image], 0), search)
         for reading in readings:
             if isinstance(reading, ValueError):
                 raise reading
         return readings if isinstance(image, list) else readings[0]
 
     def stream(self, images, search=None):
-        """Read any number of images, of which only a batch is in memory at a time.
+        """Read any number of images, of which no more than three batches are in memory at a time.
 
         Args:
             images: an iterable of what `predict` takes.
@@ -303,30 +303,40 @@ class RecInfer:
             read (image, ValueError that names it).
         """
         self._after_fork()
+        # The next images are decoded while the network sees these.
+        for [(batch, views)] in as_they_come(self._decoded(images), 1):
+            yield from zip(batch, self._results(views, search), strict=True)
+
+    def _decoded(self, images):
+        """(batch, `_views` of it) of all images."""
         first = 0
         for batch in as_they_come(images, BATCH_SIZE):
-            yield from zip(batch, self._results(batch, first, search), strict=True)
+            yield batch, self._views(batch, first)
             first += len(batch)
 
-    def _results(self, batch, first, search):
-        """A `Reading` or a ValueError for each source of a batch, which are counted from first."""
+    def _views(self, batch, first):
+        """`_pixels` of each source of a batch, which are counted from first."""
         names = [
             source if isinstance(source, str | Path) else f"image {i}"
             for i, source in enumerate(batch, first)
         ]
-        results, began = [], time.perf_counter()
+        views, began = [], time.perf_counter()
         # Small images are read faster than threads could share the interpreter's lock.
-        while len(results) < len(batch) and time.perf_counter() - began < QUICK * len(batch):
-            results.append(self._pixels(batch[len(results)], names[len(results)]))
-        if len(results) < len(batch):  # Pillow decodes outside the lock, so threads help
+        while len(views) < len(batch) and time.perf_counter() - began < QUICK * len(batch):
+            views.append(self._pixels(batch[len(views)], names[len(views)]))
+        if len(views) < len(batch):  # Pillow decodes outside the lock, so threads help
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                rest = batch[len(results) :], names[len(results) :]
-                results += pool.map(self._pixels, *rest)
-        readable = [i for i, views in enumerate(results) if not isinstance(views, ValueError)]
-        readings = iter(self._read([view for i in readable for view in results[i]], search))
+                views += pool.map(self._pixels, batch[len(views) :], names[len(views) :])
+        return views
+
+    def _results(self, views, search):
+        """A `Reading` for the views of each image, the ValueError for one that stands for them."""
+        results = list(views)
+        readable = [i for i, found in enumerate(views) if not isinstance(found, ValueError)]
+        readings = iter(self._read([view for i in readable for view in views[i]], search))
         for i in readable:
-            views = [next(readings) for _ in results[i]]
-            results[i] = max(views, key=lambda reading: (reading.text != "", reading.confidence))
+            own = [next(readings) for _ in views[i]]
+            results[i] = max(own, key=lambda reading: (reading.text != "", reading.confidence))
         return results
 
     def _read(self, views, search):

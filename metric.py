@@ -171,25 +171,37 @@ class EpochResult(NamedTuple):
         )
 
 
-def best_epoch(results):
-    """The `EpochResult` of the highest accuracy, of several with the lowest loss, None of none."""
-    return max(results, key=lambda row: (row.word_accuracy, -row.test_loss), default=None)
+def best_epoch(results, images):
+    """The `EpochResult` of the lowest loss; accuracy decides where it can tell epochs apart.
+
+    Of one epoch after the other: a better one reads more than the 95 % interval of the best so
+    far allows for, or no fewer than that, at a lower loss. Where one image in 500 is read or
+    not, the loss sees how sure the network is of all of them.
+
+    Args:
+        results: an `EpochResult` for each epoch, one at least.
+        images: of which the accuracies are.
+    """
+    best = results[0]
+    for row in results[1:]:
+        low, high = wilson_interval(best.word_accuracy, images)
+        level = row.word_accuracy >= low and row.test_loss < best.test_loss
+        if level or row.word_accuracy > max(high, best.word_accuracy):
+            best = row
+    return best
 
 
-def reason_to_stop(results, stop_at, patience):
+def reason_to_stop(results, images, stop_at, patience):
     """Why a training ends before its last epoch, None where it does not.
 
     Args:
-        results: an `EpochResult` for each epoch.
+        results, images: as `best_epoch` has them.
         stop_at: a word accuracy, None for any.
         patience: epochs that may be no better than the best, None for any number.
     """
-    if not results:
-        return None
-    best = best_epoch(results)
-    waited = len(results) - best.epoch
-    if stop_at and best.word_accuracy >= stop_at:
-        return f"stopped: the word accuracy is {best.word_accuracy:.4f} (--stop-at)"
+    accuracy, waited = results[-1].word_accuracy, len(results) - best_epoch(results, images).epoch
+    if stop_at and accuracy >= stop_at:
+        return f"stopped: the word accuracy is {accuracy:.4f} (--stop-at)"
     if patience and waited >= patience:
         return f"stopped: no better for {waited} epochs (--patience)"
     return None

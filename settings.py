@@ -79,8 +79,8 @@ class Preset:
 
 PRESETS = {  # of the tasks in gen_image.py
     "simple": Preset(
-        Preprocess(32), nh=16, depth=2, epochs=10, lr=0.02, averaging=0.97, flat=70, muon=3,
-        warm_up=20,
+        Preprocess(32), nh=16, depth=2, epochs=9, lr=0.02, averaging=0.97, flat=70, muon=3,
+        warm_up=20, length=4,
     ),
     "complex": Preset(
         Preprocess(60, 160), nh=128, depth=8, epochs=4, lr=0.01, averaging=0.995, muon=2, amp=True,

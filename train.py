@@ -121,6 +121,10 @@ class Run:
             "scaler": self.scaler,
         }  # fmt: skip
 
+    def best_epoch(self):
+        """`metric.best_epoch` of the epochs so far."""
+        return metric.best_epoch(self.progress.rows, len(self.plan.held_out))
+
     def averaged(self):
         """The `model.Recogniser` with the average of the weights."""
         return replace(self.recogniser, model=self.average.module)
@@ -323,7 +327,7 @@ def save_epoch(run):
     rows, files = run.progress.rows, run.files
     if len(rows) == 1:
         network.keep_previous(files)
-    if run.progress.fall or metric.best_epoch(rows) is rows[-1]:
+    if run.progress.fall or run.best_epoch() is rows[-1]:
         checkpoint = network.save_checkpoint(files.checkpoint, run.averaged())
         run.files = files._replace(checkpoint=checkpoint)
     metric.save_progress(files.table, files.curves, rows, at_end=False)
@@ -386,7 +390,8 @@ def train(args, device):
                     "the loss of the held-out images falls no more, or the epochs end: up to epoch "
                     f"{last_epoch(run)} at a falling rate, with those images too (--epochs)"
                 )
-            ended = metric.reason_to_stop(progress.rows, args.stop_at, args.patience)
+            images = len(run.plan.held_out)
+            ended = metric.reason_to_stop(progress.rows, images, args.stop_at, args.patience)
     except KeyboardInterrupt:
         ended, status = "interrupted, --resume goes on", 130
     bar.close()
@@ -429,11 +434,9 @@ def finish(run, world):
     metric.show_mistakes(checked.test, readings, files.mistakes)
     if not files.curves.exists():
         print("for curves of the training: pip install matplotlib")
-    row = progress.rows[-1] if progress.fall else metric.best_epoch(progress.rows)
+    row = progress.rows[-1] if progress.fall else run.best_epoch()
     if run.plan.held_out is checked.test:  # which have chosen the epoch
-        print(
-            f"best word accuracy {row.word_accuracy:.4f} in epoch {row.epoch}: {files.checkpoint}"
-        )
+        print(f"best epoch {row.epoch}, word accuracy {row.word_accuracy:.4f}: {files.checkpoint}")
         return
     texts, labels = [reading.text for reading in readings], [s.label for s in checked.test]
     why = "trained on all images" if progress.fall else "the best on the held-out images"

@@ -55,7 +55,8 @@ def differences(one, other):
         states = []
         for folder in (one, other):
             [path] = folder.glob(pattern)
-            states.append(torch.load(path, weights_only=True)[part])
+            state = torch.load(path, weights_only=True)[part]
+            states.append(state["module"] if part == "average" else state)
         if states[0].keys() != states[1].keys():
             found.append(f"{pattern}: other tensors")
             continue
