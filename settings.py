@@ -79,7 +79,7 @@ class Preset:
 
 PRESETS = {  # of the tasks in gen_image.py
     "simple": Preset(
-        Preprocess(32), nh=16, depth=2, epochs=9, lr=0.02, averaging=0.97, flat=70, muon=3,
+        Preprocess(32), nh=16, depth=2, epochs=7, lr=0.02, averaging=0.97, flat=70, muon=3,
         warm_up=20, length=4,
     ),
     "complex": Preset(

@@ -303,8 +303,12 @@ def next_epoch(run, bar, began):
     if processes()[1] > 1:  # each process has seen other images
         for buffer in run.average.module.buffers():
             distributed.broadcast(buffer, 0)
-    test_loss, readings = evaluate(run.averaged(), run.held_out, run.device)
-    texts, progress = [reading.text for reading in readings], run.progress
+    progress, averaged = run.progress, run.averaged()
+    if not progress.rows and run.plan.preset.epochs > 1:
+        # While most come out too long or too short, to search them takes as long as the epoch.
+        averaged = replace(averaged, converter=averaged.converter.with_length(None))
+    test_loss, readings = evaluate(averaged, run.held_out, run.device)
+    texts = [reading.text for reading in readings]
     labels = [sample.label for sample in run.plan.held_out]
     accuracy = metric.word_accuracy(texts, labels)
     cer = metric.character_error_rate(texts, labels)
