@@ -25,7 +25,7 @@ MUON = 3.4445, -4.7750, 2.0315  # of the polynomial that drives singular values 
 PATIENCE, PATIENT_STEPS, FALL = 0.25, 100, 0.4
 # Nats per image, and share of it, by which a loss must fall to be lower.
 LEAST_GAIN, LEAST_SHARE = 0.01, 0.03
-NOTHING = 0.05  # nats per image: nearly all are read, and the falling rate does the rest
+NOTHING = 0.02  # nats per image: nearly all are read, and the falling rate does the rest
 
 
 class CTCLoss(nn.Module):
@@ -303,7 +303,7 @@ def fall_of(results, most, steps):
         better = result.test_loss < min(lowest - LEAST_GAIN, lowest * (1 - LEAST_SHARE))
         waited = 0 if better else waited + 1
         lowest = result.test_loss if better else lowest
-    length = max(1, round(FALL * epochs))
+    length = max(2, round(FALL * epochs))
     patient = max(PATIENCE * epochs, PATIENT_STEPS / steps, 2)
     if waited < patient and lowest >= NOTHING and epochs + length < most:
         return 0
