@@ -47,7 +47,7 @@ OPERATORS = {
     "Add", "Cast", "Concat", "Constant", "Conv", "Div", "Erf", "Flatten", "Gather", "Identity",
     "MatMul", "Mul", "Reshape", "Shape", "Slice", "Transpose", "Unsqueeze",
 }  # fmt: skip
-QUICK = 5e-4  # seconds
+QUICK = 5e-4  # seconds for an image, below which threads wait for each other
 INPUT = "images"  # name of its input
 MAX_LOGITS = 2**23  # numbers of a batch, at most
 BATCH_SIZE = 64  # images per forward pass; 256 large ones leave the cache and take twice as long

@@ -189,6 +189,8 @@ class Optimizer:
         self.mixing = mixing if muon else []
         rest = [p for p in model.parameters() if all(p is not own for own in self.mixing)]
         self.rest = sorted(rest, key=lambda parameter: parameter.ndim > 1)
+        vectors = sum(parameter.ndim < 2 for parameter in rest)  # these do not decay
+        self.parts = (slice(vectors), 0.0), (slice(vectors, None), self.DECAY)
         self.param_groups = [{"params": self.mixing + self.rest}]
         self.state = {
             "momentum": [torch.zeros_like(weight) for weight in self.mixing],
@@ -199,8 +201,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self):
-        vectors = sum(parameter.ndim < 2 for parameter in self.rest)
-        for part, decay in (slice(vectors), 0.0), (slice(vectors, None), self.DECAY):
+        for part, decay in self.parts:
             parameters = self.rest[part]
             state = [self.state[name][part] for name in ("mean", "square")]
             adamw(
@@ -243,8 +244,8 @@ class MovingAverage:
 
     def __init__(self, model, decay):
         self.module, self.decay, self.steps = copy.deepcopy(model), decay, 0
-        mine, theirs = self.module.state_dict(), model.state_dict()  # which share the storage
-        self.pairs = [(mine[name], theirs[name]) for name in mine]
+        states = [part.state_dict().values() for part in (self.module, model)]
+        self.pairs = list(zip(*states, strict=True))  # which share the storage of both
 
     @torch.no_grad()
     def update(self):

@@ -191,15 +191,16 @@ def best_epoch(results, images):
     return best
 
 
-def reason_to_stop(results, images, stop_at, patience):
+def reason_to_stop(results, best, stop_at, patience):
     """Why a training ends before its last epoch, None where it does not.
 
     Args:
-        results, images: as `best_epoch` has them.
+        results: an `EpochResult` for each epoch.
+        best: the `best_epoch` of them.
         stop_at: a word accuracy, None for any.
         patience: epochs that may be no better than the best, None for any number.
     """
-    accuracy, waited = results[-1].word_accuracy, len(results) - best_epoch(results, images).epoch
+    accuracy, waited = results[-1].word_accuracy, len(results) - best.epoch
     if stop_at and accuracy >= stop_at:
         return f"stopped: the word accuracy is {accuracy:.4f} (--stop-at)"
     if patience and waited >= patience:

@@ -267,7 +267,7 @@ def resume(run, state):
             part.load_state_dict(state[name])
         known = state["progress"]
         run.progress = Progress(**{key: known[key] for key in vars(run.progress)})
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"{run.files.state}: another version of this program wrote it ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}): leave out --resume to begin a new training"
@@ -394,8 +394,8 @@ def train(args, device):
                     "the loss of the held-out images falls no more, or the epochs end: up to epoch "
                     f"{last_epoch(run)} at a falling rate, with those images too (--epochs)"
                 )
-            images = len(run.plan.held_out)
-            ended = metric.reason_to_stop(progress.rows, images, args.stop_at, args.patience)
+            best = run.best_epoch()
+            ended = metric.reason_to_stop(progress.rows, best, args.stop_at, args.patience)
     except KeyboardInterrupt:
         ended, status = "interrupted, --resume goes on", 130
     bar.close()

@@ -45,13 +45,16 @@ def test_confusions_of_texts_of_other_lengths():
 
 def test_the_loss_chooses_among_epochs_that_accuracy_cannot_tell_apart():
     def best(*epochs):
-        rows = [EpochResult(i, 1.0, loss, share, 0.0, 0.01, 1.0) for i, (share, loss) in epochs]
+        rows = [
+            EpochResult(i, 1.0, loss, accuracy, 0.0, 0.01, 1.0)
+            for i, (accuracy, loss) in enumerate(epochs, 1)
+        ]
         return best_epoch(rows, images=500).epoch
 
-    assert best((1, (1.0, 0.010)), (2, (0.998, 0.005))) == 2  # one image of 500
-    assert best((1, (1.0, 0.005)), (2, (1.0, 0.010))) == 1
-    assert best((1, (0.9, 0.3)), (2, (0.8, 0.2))) == 1  # 50 of them
-    assert best((1, (0.8, 0.2)), (2, (0.9, 0.3))) == 2
+    assert best((1.0, 0.010), (0.998, 0.005)) == 2  # one image of 500
+    assert best((1.0, 0.005), (1.0, 0.010)) == 1
+    assert best((0.9, 0.3), (0.8, 0.2)) == 1  # 50 of them
+    assert best((0.8, 0.2), (0.9, 0.3)) == 2
 
 
 def test_a_table_that_is_open_elsewhere_is_a_warning(tmp_path, in_use, capsys):
