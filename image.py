@@ -120,14 +120,19 @@ class Preprocess:
         cut = "cut to their text and " if self.trim else ""
         return f"{cut}resized to height {self.height}, width {self.width or 'kept'}"
 
-    def normalise(self, pixels):
-        """uint8 tensor or array of any shape -> the same in float32, by mean and std."""
+    def normalise(self, pixels, kind=None):
+        """uint8 tensor or array of any shape -> the same by mean and std, in float32.
+
+        Args:
+            kind: another dtype, of a tensor.
+        """
         if isinstance(pixels, np.ndarray):
             pixels = pixels.astype(np.float32)
             pixels -= self.mean
             pixels /= self.std
             return pixels
-        return pixels.float().sub_(self.mean).div_(self.std)
+        pixels = pixels.to(kind) if kind else pixels.float()
+        return pixels.sub_(self.mean).div_(self.std)
 
 
 def find_images(folder):

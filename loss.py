@@ -150,16 +150,56 @@ def batch_logits(network, images, batch, nclass):
     return logits + correction.to(images.device), targets
 
 
-def orthogonal(matrix):
-    """The matrix with all its singular values near to 1, as Muon drives them there."""
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / (x.norm() + 1e-7)
+def orthogonal(matrices):
+    """(N, rows, columns) matrices with all their singular values near to 1, as Muon drives them."""
+    turned = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if turned else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     a, b, c = MUON
     for _ in range(5):
-        square = x @ x.T
-        mixed = torch.addmm(square, square, square, beta=b, alpha=c)
-        x = torch.addmm(x, mixed, x, beta=a)
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+        square = x @ x.mT
+        mixed = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        x = torch.baddbmm(x, mixed, x, beta=a)
+    return x.mT if turned else x
+
+
+def parts_of(vector, tensors):
+    """The parts of a vector that has as many numbers as some tensors, in their shapes."""
+    parts = vector.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def in_one_vector(tensors):
+    """A vector of the numbers of some tensors, which become its parts."""
+    vector = torch.cat([tensor.detach().flatten() for tensor in tensors])
+    for tensor, part in zip(tensors, parts_of(vector, tensors), strict=True):
+        tensor.data = part
+    return vector
+
+
+class Numbers:
+    """A network's weights as one vector, the statistics of its batch normalisation as another.
+
+    What is done to all of them, some 40 tensors even of the smallest network, is one call then.
+
+    Args:
+        model: a `model.MicroNet`, on its device. Its tensors become parts of the vectors.
+
+    Attributes:
+        weights, statistics: the two vectors.
+        tensors: the parts of the weights: first those that are vectors, then the others, last
+            those that mix channels, of these the patches' first.
+        flat, deep: where the second and the third kind of them begin.
+    """
+
+    def __init__(self, model):
+        mixing = [model.patches.conv.weight, *(b.pointwise.conv.weight for b in model.blocks)]
+        rest = [p for p in model.parameters() if all(p is not own for own in mixing)]
+        self.tensors = [*sorted(rest, key=lambda parameter: parameter.ndim > 1), *mixing]
+        self.weights = in_one_vector(self.tensors)
+        self.statistics = in_one_vector([b for b in model.buffers() if b.is_floating_point()])
+        self.flat = sum(parameter.numel() for parameter in rest if parameter.ndim < 2)
+        self.deep = sum(parameter.numel() for parameter in rest)
 
 
 class Optimizer:
@@ -178,6 +218,8 @@ class Optimizer:
 
     Attributes:
         lr: AdamW's rate, of the next step.
+        numbers: the model's `Numbers`.
+        gradient: of its weights, as one vector, to which each backward pass adds.
         param_groups: what `torch.amp.GradScaler` asks for.
     """
 
@@ -185,43 +227,53 @@ class Optimizer:
 
     def __init__(self, model, muon):
         self.lr, self.muon = 0.0, muon
-        mixing = [model.patches.conv.weight, *(b.pointwise.conv.weight for b in model.blocks)]
-        self.mixing = mixing if muon else []
-        rest = [p for p in model.parameters() if all(p is not own for own in self.mixing)]
-        self.rest = sorted(rest, key=lambda parameter: parameter.ndim > 1)
-        vectors = sum(parameter.ndim < 2 for parameter in rest)  # these do not decay
-        self.parts = (slice(vectors), 0.0), (slice(vectors, None), self.DECAY)
-        self.param_groups = [{"params": self.mixing + self.rest}]
+        self.numbers = numbers = Numbers(model)
+        weights = numbers.weights
+        weights.grad = self.gradient = torch.zeros_like(weights)
+        for layer in model.modules():  # batch normalisation takes their biases away
+            if isinstance(layer, nn.Conv2d):
+                layer.bias.requires_grad_(False)
+        gradients = parts_of(self.gradient, numbers.tensors)
+        for tensor, gradient in zip(numbers.tensors, gradients, strict=True):
+            tensor.grad = gradient
+        self.param_groups = [{"params": [weights]}]
+        # Of how many AdamW takes care, those that decay coming second; the rest is Muon's.
+        plain = numbers.deep if muon else len(weights)
+        self.parts = (slice(numbers.flat), 0.0), (slice(numbers.flat, plain), self.DECAY)
+        self.mixing, patches = slice(plain, None), model.patches.conv.weight.numel()
+        square = -1, model.nh, model.nh
+        self.shapes = (slice(patches), (1, model.nh, -1)), (slice(patches, None), square)
         self.state = {
-            "momentum": [torch.zeros_like(weight) for weight in self.mixing],
-            "mean": [torch.zeros_like(parameter) for parameter in self.rest],
-            "square": [torch.zeros_like(parameter) for parameter in self.rest],
-            "steps": [torch.zeros((), device=parameter.device) for parameter in self.rest],
+            "mean": torch.zeros_like(weights[:plain]),
+            "square": torch.zeros_like(weights[:plain]),
+            "momentum": torch.zeros_like(weights[plain:]),
+            "steps": torch.zeros(2, device=weights.device),
         }
 
     @torch.no_grad()
     def step(self):
-        for part, decay in self.parts:
-            parameters = self.rest[part]
-            state = [self.state[name][part] for name in ("mean", "square")]
+        weights, gradient, state = self.numbers.weights, self.gradient, self.state
+        for (part, decay), steps in zip(self.parts, state["steps"], strict=True):
             adamw(
-                parameters, [p.grad for p in parameters], *state, [], self.state["steps"][part],
-                fused=parameters[0].device.type != "mps", amsgrad=False, maximize=False, lr=self.lr,
-                beta1=self.BETAS[0], beta2=self.BETAS[1], eps=self.EPSILON, weight_decay=decay,
+                [weights[part]], [gradient[part]], [state["mean"][part]], [state["square"][part]],
+                [], [steps], fused=weights.device.type != "mps", amsgrad=False, maximize=False,
+                lr=self.lr, beta1=self.BETAS[0], beta2=self.BETAS[1], eps=self.EPSILON,
+                weight_decay=decay,
             )  # fmt: skip
-        for weight, momentum in zip(self.mixing, self.state["momentum"], strict=True):
-            momentum.mul_(self.MOMENTUM).add_(weight.grad)
-            matrix = (weight.grad + self.MOMENTUM * momentum).flatten(1)
-            rate = self.lr * self.muon * max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5
-            weight.add_(orthogonal(matrix).reshape(weight.shape), alpha=-rate)
+        weights, gradient = weights[self.mixing], gradient[self.mixing]
+        momentum = state["momentum"].mul_(self.MOMENTUM).add_(gradient)
+        direction = gradient + self.MOMENTUM * momentum
+        for part, shape in self.shapes if self.muon else ():
+            matrices = direction[part].view(shape)
+            rate = self.lr * self.muon * max(1, matrices.shape[1] / matrices.shape[2]) ** 0.5
+            weights[part].view(shape).add_(orthogonal(matrices), alpha=-rate)
 
     def state_dict(self):
         return self.state
 
     def load_state_dict(self, state):
-        for name, tensors in self.state.items():
-            for own, value in zip(tensors, state[name], strict=True):
-                own.copy_(value)
+        for name, own in self.state.items():
+            own.copy_(state[name])
 
 
 class MovingAverage:
@@ -230,11 +282,11 @@ class MovingAverage:
     At a high learning rate it reads far better than the weights of any one step. A decay of
     0.99 spans 100 steps, in which a small data set is seen thirty times over, so it begins
     with fewer: (1 + n) / (10 + n) after n steps, as TensorFlow's ExponentialMovingAverage does.
-    PyTorch's AveragedModel does the same; its bookkeeping takes ten times as long, of a step
-    of the smallest network a sixteenth.
+    PyTorch's AveragedModel does the same; its bookkeeping takes twenty times as long.
 
     Args:
-        model: what is averaged, on its device.
+        model: what is averaged, a `model.MicroNet` on its device.
+        numbers: its `Numbers`.
         decay: per step, in the long run; 0 for the weights as they are.
 
     Attributes:
@@ -242,20 +294,21 @@ class MovingAverage:
         steps: that were averaged.
     """
 
-    def __init__(self, model, decay):
+    def __init__(self, model, numbers, decay):
         self.module, self.decay, self.steps = copy.deepcopy(model), decay, 0
-        states = [part.state_dict().values() for part in (self.module, model)]
-        self.pairs = list(zip(*states, strict=True))  # which share the storage of both
+        own = Numbers(self.module)
+        self.pairs = [(own.weights, numbers.weights), (own.statistics, numbers.statistics)]
+        buffers = zip(self.module.buffers(), model.buffers(), strict=True)
+        self.counts = [pair for pair in buffers if not pair[0].is_floating_point()]
 
     @torch.no_grad()
     def update(self):
         """Take the weights as they are now into the average."""
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) if self.steps else 0
         for average, value in self.pairs:
-            if average.is_floating_point():
-                average.lerp_(value, 1 - decay)
-            else:  # how many batches the statistics are of
-                average.copy_(value)
+            average.lerp_(value, 1 - decay)
+        for average, value in self.counts:  # how many batches the statistics are of
+            average.copy_(value)
         self.steps += 1
 
     def state_dict(self):
@@ -311,18 +364,15 @@ def fall_of(results, most, steps):
     return min(most - epochs, length)
 
 
-def take_step(model, optimizer, scaler, loss):
+def take_step(optimizer, scaler, loss):
     """One step down the gradient of ``loss``. Returns False, and changes nothing, if not finite."""
-    model.zero_grad()
+    gradient = optimizer.gradient.zero_()
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    # As torch.nn.utils.clip_grad_norm_, which on the CPU takes four calls for each of them.
-    norm = torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
+    norm = gradient.norm().item()
     finite = math.isfinite(norm)  # of all processes: their gradients are one by now
     if finite and norm > CLIP:
-        for gradient in gradients:
-            gradient.mul_(CLIP / norm)
+        gradient.mul_(CLIP / norm)
     if finite:
         scaler.step(optimizer)
     scaler.update()

@@ -59,14 +59,19 @@ class ConvBNACT(nn.Module):
         """The same with the channels of a place side by side in memory, for a step on the CPU.
 
         Pointwise it is a matrix product. Normalisation, activation and all their gradients
-        pass over one matrix, (N * H' * W', C_out), from front to back.
+        pass over one matrix, (N * H' * W', C_out), from front to back. The bias, which
+        normalisation takes away again, only goes into its running mean.
         """
-        if self.conv.kernel_size == (1, 1):
-            x = F.linear(x.movedim(1, 3), self.conv.weight.flatten(1), self.conv.bias)
+        conv, bn = self.conv, self.bn
+        if conv.kernel_size == (1, 1):
+            x = F.linear(x.movedim(1, 3), conv.weight.flatten(1))
         else:
-            x = self.conv(x).movedim(1, 3)  # (N, H', W', C_out)
+            x = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, groups=conv.groups)
+            x = x.movedim(1, 3)  # (N, H', W', C_out)
         matrix = x.reshape(-1, x.shape[3], 1, 1)
-        return self.act(self.bn(matrix)).view(x.shape).movedim(3, 1)
+        # As much as makes it ``momentum`` of the bias when the step's mean comes in.
+        bn.running_mean.add_(conv.bias.detach(), alpha=bn.momentum / (1 - bn.momentum))
+        return self.act(bn(matrix)).view(x.shape).movedim(3, 1)
 
 
 class MicroBlock(nn.Module):
@@ -139,6 +144,8 @@ class MicroNet(nn.Module):
             # Beyond an image's edge the depthwise convolution must see zeros, as it
             # does beyond the batch's.
             x = block(x if inside is None else x * inside)
+        if not x.is_contiguous():  # see `ConvBNACT`; in the last layer's order it is copied once
+            x = x.movedim(3, 1).contiguous().movedim(1, 3)
         x = self.flatten(x).transpose(1, 2)  # (N, W/4, nh * img_height/4)
         if classes is None:
             return self.linear(x)
@@ -215,8 +222,8 @@ def save_checkpoint(path, recogniser):
     """
     model, converter = recogniser.model, recogniser.converter
     kind = torch.float16 if recogniser.half else torch.float32
-    state = {
-        name: tensor.cpu().to(kind) if tensor.is_floating_point() else tensor.cpu()
+    state = {  # copies, for in a training the tensors are parts of one
+        name: tensor.cpu().to(kind if tensor.is_floating_point() else tensor.dtype, copy=True)
         for name, tensor in model.state_dict().items()
     }
     content = {
@@ -430,13 +437,13 @@ def fast_bfloat16(device):
 
 
 def precision(amp, device):
-    """(context for the forward pass, `GradScaler`) of mixed precision, or of float32."""
+    """(dtype, context for the forward pass, `GradScaler`) of mixed precision, or of float32."""
     if not amp:
-        return nullcontext(), torch.amp.GradScaler(device.type, enabled=False)
+        return torch.float32, nullcontext(), torch.amp.GradScaler(device.type, enabled=False)
     bfloat16 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
     kind = torch.bfloat16 if bfloat16 else torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=kind == torch.float16)
-    return torch.autocast(device.type, kind), scaler
+    return kind, torch.autocast(device.type, kind), scaler
 
 
 def count_parameters(module):

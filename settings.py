@@ -80,7 +80,7 @@ class Preset:
 PRESETS = {  # of the tasks in gen_image.py
     "simple": Preset(
         Preprocess(32), nh=16, depth=2, epochs=7, lr=0.02, averaging=0.97, flat=70, muon=3,
-        warm_up=20, length=4,
+        warm_up=20, amp=True, length=4,
     ),
     "complex": Preset(
         Preprocess(60, 160), nh=128, depth=8, epochs=4, lr=0.01, averaging=0.995, muon=2, amp=True,
@@ -257,7 +257,7 @@ def _add_training_group(parser):
         "--amp",
         action=argparse.BooleanOptionalAction,
         help="compute in bfloat16, or float16 on older GPUs (default: on a CPU with AVX-512 BF16, "
-        "for complex and --data)",
+        "but for chinese)",
     )
     group.add_argument(
         "--resume",

@@ -24,11 +24,12 @@ import signal
 if __name__ == "__main__":  # Ctrl-C during the imports: an end without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import ctypes
 import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -67,6 +68,7 @@ from loss import (
     take_step,
 )
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 MAX_SKIPPED = 20  # steps in a row without a finite gradient, then the training ends
 
 
@@ -94,8 +96,9 @@ class Run:
     """What a training consists of. `set_up` puts it together, `train_epoch` uses it.
 
     recogniser: what is trained. forward: its model, as it is, compiled or distributed.
-    average: of its weights. batches_of: makes training batches of samples. order: the
-    generator of their order. plan: the data and the preset. identity: see `settings.Plan`.
+    average: of its weights. kind: of the numbers that it computes with. batches_of: makes
+    training batches of samples. order: the generator of their order. plan: the data and the
+    preset. identity: see `settings.Plan`.
     """
 
     recogniser: network.Recogniser
@@ -103,6 +106,7 @@ class Run:
     average: MovingAverage
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
+    kind: torch.dtype
     autocast: nullcontext
     batches_of: Callable
     train_batches: TrainingLoader
@@ -134,8 +138,10 @@ def loss_of(run, batch, criterion):
     """The mean loss of a batch's images."""
     images, preset = batch.images.to(run.device, non_blocking=True), run.plan.preset
     augment, normalise = AUGMENTATIONS[preset.augment], preset.preprocess.normalise
-    # Whole pixels are moved as bytes, a quarter of what the numbers would take.
-    images = normalise(augment(images)) if augment is random_shift else augment(normalise(images))
+    if augment is random_shift:  # whole pixels are moved as bytes, a quarter of what numbers take
+        images = normalise(augment(images), run.kind)
+    else:
+        images = augment(normalise(images))
     with run.autocast:
         logits, targets = batch_logits(run.forward, images, batch, run.recogniser.converter.nclass)
     return criterion(logits.float(), targets, batch.columns, batch.target_lengths)
@@ -155,24 +161,24 @@ def train_epoch(run, bar):
 
     Raises ValueError where the gradients stay without finite values.
     """
-    model, progress, criterion = run.recogniser.model.train(), run.progress, CTCLoss()
+    run.recogniser.model.train()
+    progress, criterion = run.progress, CTCLoss()
     total_loss, images, in_a_row = torch.zeros((), device=run.device), 0, 0
     for batch in run.train_batches:
         lr = set_learning_rate(run)
         criterion.set_step(progress.step, run.plan.preset.flat)
-        kept = [buffer.clone() for buffer in model.buffers()]
+        kept = run.optimizer.numbers.statistics.clone()
         loss = loss_of(run, batch, criterion)
         # The processes' gradients are averaged, their shares of a batch may differ by an image.
         count = len(batch.labels)
         share = count * processes()[1] / batch.whole
-        if take_step(model, run.optimizer, run.scaler, loss * share):
+        if take_step(run.optimizer, run.scaler, loss * share):
             run.average.update()
             total_loss += loss.detach() * count
             images += count
             in_a_row = 0
         else:  # batch normalisation has seen the numbers before the step was refused
-            for buffer, value in zip(model.buffers(), kept, strict=True):
-                buffer.copy_(value)
+            run.optimizer.numbers.statistics.copy_(kept)
             progress.skipped += 1
             in_a_row += 1
             if in_a_row == MAX_SKIPPED:
@@ -246,17 +252,16 @@ def set_up(args, plan, files, start, device):
         )  # fmt: skip
 
     held_out = evaluation_loader(checked, plan.held_out, converter, rank, world)
-    forward = model
+    optimizer, forward = Optimizer(model, preset.muon), model
     if world > 1:
         forward = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
         torch.manual_seed(args.seed + rank)  # each augments in its own way
-    autocast, scaler = network.precision(preset.amp, device)
+    kind, autocast, scaler = network.precision(preset.amp, device)
     return Run(
         recogniser, torch.compile(forward) if args.compile else forward,
-        MovingAverage(model, preset.averaging),
-        Optimizer(model, preset.muon), scaler, autocast, batches_of,
-        batches_of(checked.train), held_out, order, plan, plan.identity(args), files, Progress(),
-        device,
+        MovingAverage(model, optimizer.numbers, preset.averaging), optimizer, scaler,
+        kind, autocast, batches_of, batches_of(checked.train), held_out, order, plan,
+        plan.identity(args), files, Progress(), device,
     )  # fmt: skip
 
 
@@ -494,8 +499,21 @@ def calibrate_weights(args, device):
     print(f"{weights}: the temperature is now {recogniser.converter.temperature}")
 
 
+def keep_freed_memory():
+    """Let glibc keep what is freed, up to 1 GB: the next step needs as much again.
+
+    Given back to the system, it came back as hundreds of page faults a step, an eighth of a
+    step of the smallest network. Other C libraries do not have that call.
+    """
+    with suppress(AttributeError, OSError, TypeError):
+        allocator = ctypes.CDLL(None).mallopt
+        for option, value in (M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 1 << 30):
+            allocator(option, value)
+
+
 def main():
     args = settings.parse_args(__doc__)
+    keep_freed_memory()
     device = start_processes(args.device)
     if args.evaluate:
         return evaluate_weights(args, device)

@@ -9,6 +9,7 @@ the other.
 
 import argparse
 import importlib.util
+import io
 import os
 import statistics
 import sys
@@ -21,12 +22,14 @@ import numpy as np
 import onnxruntime
 import torch
 from common import FRESH_SEED, ROOT, draw, measured, print_machine
+from PIL import Image
 
 from ctc_label_converter import Search
 from infer_tool import BATCH_SIZE, SHIPPED_WEIGHTS, RecInfer
 from label_file import read_label_file
 from metric import expected_calibration_error, word_accuracy
 
+SIZE = 160, 40  # pixels, of the general task's images while its network alone is measured
 SEARCHED, PEER = 2000, 200  # images that are searched in all ways, and read by the peer
 TORCH_FREE = ("numpy", "pillow", "tqdm", "onnxruntime")
 
@@ -70,7 +73,10 @@ def images_a_second(network, count, seconds=2.0):
 
 def measure_reader(reader, samples):
     """The network alone, bytes to text: (median, 95th percentile) in ms; images/s in batches."""
-    pixels = np.stack([reader._pixels(data, "")[0] for data in samples[:BATCH_SIZE]])
+    batch = samples[:BATCH_SIZE]
+    if reader.task == "general":  # whose images are of any size
+        batch = [Image.open(io.BytesIO(data)).convert("RGB").resize(SIZE) for data in batch]
+    pixels = np.stack([reader._pixels(image, "")[0] for image in batch])
     one = network_alone(reader, pixels[:1])
     network = milliseconds(lambda i: one(), 400)
     whole = milliseconds(lambda i: reader.predict(samples[i % len(samples)]), 400)

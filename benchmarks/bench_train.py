@@ -10,7 +10,9 @@ and test images.
 """
 
 import argparse
+import contextlib
 import csv
+import io
 import re
 import statistics
 import sys
@@ -23,6 +25,7 @@ import torch
 import torchvision
 from common import FRESH_SEED, ROOT, draw, measured, print_machine, spread
 
+import train as script
 from gen_image import TASKS
 from model import MicroNet
 
@@ -43,6 +46,25 @@ def forward_milliseconds():
             model(image)
             times.append(time.perf_counter() - began)
     return statistics.median(times) * 1000
+
+
+def step_milliseconds(args, data, out):
+    """Time of a training step in each of five epochs, evaluation left out, in this process."""
+    torch.set_num_threads(args.threads)
+    times, train_epoch = [], script.train_epoch
+
+    def timed(run, bar):
+        began = time.perf_counter()
+        result = train_epoch(run, bar)
+        times.append((time.perf_counter() - began) * 1000 / len(run.train_batches))
+        return result
+
+    script.train_epoch = timed
+    flags = ["--task", args.task, "--data", data, "--out", out, "--epochs", 5]
+    sys.argv = list(map(str, ["train.py", *flags]))
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        script.main()
+    return times
 
 
 class Training(NamedTuple):
@@ -109,6 +131,9 @@ def main():
             for _ in range(3 if args.task == "simple" else 1)
         ]  # fmt: skip
         print(f"drawing the images, {len(drawing)} runs: {spread(drawing, 1)} s")
+        if args.task == "simple":
+            steps = step_milliseconds(args, data, Path(folder, "steps"))
+            print(f"a training step, {len(steps)} epochs: {spread(steps, 2)} ms", flush=True)
         size = ["--train", 1, "--test", args.fresh, "--seed", FRESH_SEED]
         draw(fresh, "--task", args.task, *size)
         print(

@@ -99,7 +99,11 @@ def test_a_training_step_is_that_of_convolution_normalisation_and_activation():
                     module.forward = torch.nn.Sequential(module.conv, module.bn, module.act).forward
         output = model(images)
         output.square().mean().backward()
-        gradients = [parameter.grad.clone() for parameter in model.parameters()]
+        # What normalisation takes away, the convolutions' biases, has a gradient of 0, or none.
+        gradients = [
+            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+            for parameter in model.parameters()
+        ]
         results.append([output, *gradients, *(buffer.clone() for buffer in model.buffers())])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
