@@ -346,7 +346,7 @@ def test_killed_and_resumed_ends_as_if_nothing_had_happened(digits, undisturbed,
         while f"epoch   {epoch}/4".encode() not in shown:
             shown += process.stdout.read(1) or pytest.fail(shown.decode())
         with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(moments.uniform(0, 0.1))
+            process.wait(moments.uniform(0, 0.03))
         process.kill()
         process.communicate()
         for path in saved_tensors(tmp_path / "save_model"):
