@@ -23,7 +23,8 @@ MUON = 3.4445, -4.7750, 2.0315  # of the polynomial that drives singular values 
 # A training that ends when it is done: share of its epochs without a lower loss, and the
 # fewest steps, before the rate falls; how long the fall is, in the epochs before it.
 PATIENCE, PATIENT_STEPS, FALL = 0.25, 100, 0.4
-# Nats per image, and share of it, by which a loss must fall to be lower.
+# Nats per image by which a loss must fall to be lower, and share of it: of up to 100 images,
+# that of more is less by chance alone.
 LEAST_GAIN, LEAST_SHARE = 0.01, 0.03
 NOTHING = 0.02  # nats per image: nearly all are read, and the falling rate does the rest
 
@@ -230,14 +231,14 @@ class Optimizer:
         self.numbers = numbers = Numbers(model)
         weights = numbers.weights
         weights.grad = self.gradient = torch.zeros_like(weights)
-        for layer in model.modules():  # batch normalisation takes their biases away
+        for layer in model.modules():  # whose bias batch normalisation takes away again
             if isinstance(layer, nn.Conv2d):
                 layer.bias.requires_grad_(False)
         gradients = parts_of(self.gradient, numbers.tensors)
         for tensor, gradient in zip(numbers.tensors, gradients, strict=True):
             tensor.grad = gradient
         self.param_groups = [{"params": [weights]}]
-        # Of how many AdamW takes care, those that decay coming second; the rest is Muon's.
+        # AdamW's are the vectors, then the weights that decay; those after them are Muon's.
         plain = numbers.deep if muon else len(weights)
         self.parts = (slice(numbers.flat), 0.0), (slice(numbers.flat, plain), self.DECAY)
         self.mixing, patches = slice(plain, None), model.patches.conv.weight.numel()
@@ -282,7 +283,7 @@ class MovingAverage:
     At a high learning rate it reads far better than the weights of any one step. A decay of
     0.99 spans 100 steps, in which a small data set is seen thirty times over, so it begins
     with fewer: (1 + n) / (10 + n) after n steps, as TensorFlow's ExponentialMovingAverage does.
-    PyTorch's AveragedModel does the same; its bookkeeping takes twenty times as long.
+    PyTorch's AveragedModel does the same; its bookkeeping takes ten times as long.
 
     Args:
         model: what is averaged, a `model.MicroNet` on its device.
@@ -337,7 +338,7 @@ def learning_rate(preset, step, steps, fall=None):
     return preset.lr * (0.5 * (1 + math.cos(math.pi * progress))) ** preset.power
 
 
-def fall_of(results, most, steps):
+def fall_of(results, most, steps, images):
     """How long the fall of the rate takes with which a training ends that is done.
 
     The rate falls when the loss of the held-out images has not for a quarter of the epochs, or
@@ -348,13 +349,15 @@ def fall_of(results, most, steps):
         results: a `metric.EpochResult` for each epoch.
         most: epochs.
         steps: of an epoch.
+        images: that are held out.
 
     Returns:
         the epochs that the fall takes, 0 where it is too early.
     """
     epochs, lowest, waited = len(results), math.inf, 0
+    share = LEAST_SHARE * min(1, 10 / math.sqrt(images))
     for result in results:  # the average's loss creeps down long after all is learnt
-        better = result.test_loss < min(lowest - LEAST_GAIN, lowest * (1 - LEAST_SHARE))
+        better = result.test_loss < min(lowest - LEAST_GAIN, lowest * (1 - share))
         waited = 0 if better else waited + 1
         lowest = result.test_loss if better else lowest
     length = max(2, round(FALL * epochs))
