@@ -83,12 +83,10 @@ def measure_reader(reader, samples):
     return network, whole, images_a_second(network_alone(reader, pixels), BATCH_SIZE)
 
 
-def measure_commands(task, folder, python, weights):
+def measure_commands(folder, python, weights):
     """Cold start and a folder of images, through demo.py. Prints a line for each."""
-    image = ROOT / "assets" / "samples" / task
-    image = sorted(image.glob("*.png"))[0]
-    count = sum(1 for _ in folder.glob("*.png"))
-    for what, source, runs in (("one image", image, 7), (f"{count} images", folder, 3)):
+    images = sorted(folder.glob("*.png"))
+    for what, source, runs in (("one image", images[0], 7), (f"{len(images)} images", folder, 3)):
         command = python, ROOT / "demo.py", "--weights", weights, source
         taken = [measured(*command)[1:]]
         while len(taken) < runs and sum(t for t, _ in taken) < 30:
@@ -211,8 +209,8 @@ def measure_task(task, data, python, peer):
     measure_calibration(exported.suffix, theirs, labels)
     measure_rejection(theirs, labels)
     measure_search(RecInfer(exported), samples[:SEARCHED], labels[:SEARCHED])
-    measure_commands(task, data / "test", sys.executable, checkpoint)
-    measure_commands(task, data / "test", python, exported)
+    measure_commands(data / "test", sys.executable, checkpoint)
+    measure_commands(data / "test", python, exported)
     if peer:
         measure_peer(peer, samples[:PEER], labels[:PEER])
 
