@@ -272,7 +272,7 @@ def resume(run, state):
             part.load_state_dict(state[name])
         known = state["progress"]
         run.progress = Progress(**{key: known[key] for key in vars(run.progress)})
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (KeyError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"{run.files.state}: another version of this program wrote it ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}): leave out --resume to begin a new training"
