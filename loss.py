@@ -23,8 +23,8 @@ MUON = 3.4445, -4.7750, 2.0315  # of the polynomial that drives singular values 
 # A training that ends when it is done: share of its epochs without a lower loss, and the
 # fewest steps, before the rate falls; how long the fall is, in the epochs before it.
 PATIENCE, PATIENT_STEPS, FALL = 0.25, 100, 0.4
-# Nats per image by which a loss must fall to be lower, and share of it: of up to 100 images,
-# that of more is less by chance alone.
+# Nats per image by which a loss must fall to be lower, and share of it. That share is for up to
+# 100 images: the loss of more changes less by chance, with the root of their number.
 LEAST_GAIN, LEAST_SHARE = 0.01, 0.03
 NOTHING = 0.02  # nats per image: nearly all are read, and the falling rate does the rest
 
@@ -355,7 +355,7 @@ def fall_of(results, most, steps, images):
         the epochs that the fall takes, 0 where it is too early.
     """
     epochs, lowest, waited = len(results), math.inf, 0
-    share = LEAST_SHARE * min(1, 10 / math.sqrt(images))
+    share = LEAST_SHARE * math.sqrt(min(1, 100 / images))
     for result in results:  # the average's loss creeps down long after all is learnt
         better = result.test_loss < min(lowest - LEAST_GAIN, lowest * (1 - share))
         waited = 0 if better else waited + 1

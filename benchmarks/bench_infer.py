@@ -9,7 +9,6 @@ the other.
 
 import argparse
 import importlib.util
-import io
 import os
 import statistics
 import sys
@@ -22,9 +21,9 @@ import numpy as np
 import onnxruntime
 import torch
 from common import FRESH_SEED, ROOT, draw, measured, print_machine
-from PIL import Image
 
 from ctc_label_converter import Search
+from image import read_image
 from infer_tool import BATCH_SIZE, SHIPPED_WEIGHTS, RecInfer
 from label_file import read_label_file
 from metric import expected_calibration_error, word_accuracy
@@ -75,7 +74,7 @@ def measure_reader(reader, samples):
     """The network alone, bytes to text: (median, 95th percentile) in ms; images/s in batches."""
     batch = samples[:BATCH_SIZE]
     if reader.task == "general":  # whose images are of any size
-        batch = [Image.open(io.BytesIO(data)).convert("RGB").resize(SIZE) for data in batch]
+        batch = [read_image(data).resize(SIZE) for data in batch]
     pixels = np.stack([reader._pixels(image, "")[0] for image in batch])
     one = network_alone(reader, pixels[:1])
     network = milliseconds(lambda i: one(), 400)
