@@ -44,8 +44,8 @@ SAVE_FOLDER = Path("save_model")  # where train.py writes
 NETWORK = "begin(/* network */"  # what stands before it in a page
 # All that an exported network consists of.
 OPERATORS = {
-    "Add", "Cast", "Concat", "Constant", "Conv", "Div", "Erf", "Flatten", "Gather", "Identity",
-    "MatMul", "Mul", "Reshape", "Shape", "Slice", "Transpose", "Unsqueeze",
+    "Add", "BatchNormalization", "Cast", "Concat", "Constant", "Conv", "Div", "Erf", "Flatten",
+    "Gather", "Identity", "MatMul", "Mul", "Reshape", "Shape", "Slice", "Transpose", "Unsqueeze",
 }  # fmt: skip
 QUICK = 5e-4  # seconds for an image, below which threads wait for each other
 INPUT = "images"  # name of its input
@@ -429,6 +429,8 @@ def export(weights, out):
                     "logits": {0: "N", 1: f"W/{PATCH}"},
                 },
                 opset_version=17,
+                # Folded into the convolutions here, not when it loads, these were no halves.
+                training=torch.onnx.TrainingMode.PRESERVE,
                 dynamo=False,
             )
         network = onnx.load(scratch)
