@@ -429,7 +429,7 @@ def export(weights, out):
                     "logits": {0: "N", 1: f"W/{PATCH}"},
                 },
                 opset_version=17,
-                # Folded into the convolutions here, not when it loads, these were no halves.
+                # Weights with normalisation folded into them would be no halves any more.
                 training=torch.onnx.TrainingMode.PRESERVE,
                 dynamo=False,
             )
