@@ -5,13 +5,11 @@ image becomes before the network sees it (`Preprocess`), and how a picture is wr
 """
 
 import contextlib
-import hashlib
 import io
 import math
 import os
 import queue
 import re
-import tempfile
 import threading
 import time
 import warnings
@@ -21,13 +19,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import (
-    Image,
-    ImageDraw,
-    ImageOps,
-    PngImagePlugin,
-    UnidentifiedImageError,
-)  # fmt: skip
+
+# hashlib, tempfile, ImageDraw and ImageOps, which reading seldom needs, are imported where
+# they are used: with keys' ImageFont they are a fifteenth of a start.
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from keys import caption_font
 
@@ -245,6 +240,8 @@ def _to_rgb(image):
             f"has {image.width}x{image.height} pixels, more than {MAX_PIXELS:,} are refused"
         )
     if image.getexif().get(ORIENTATION, 1) != 1:
+        from PIL import ImageOps
+
         image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):
         image = _to_8_bits(image)
@@ -380,6 +377,8 @@ class Look(NamedTuple):
 
 def look_at(source, find_text=True, preprocess=None):
     """The `Look` of an image that `read_image` reads, and what that raises."""
+    import hashlib
+
     image = read_image(source)
     (left, top, right, bottom), lines = (0, 0, *image.size), 1
     if find_text:
@@ -467,6 +466,8 @@ def as_they_come(items, most):
 
 def check_writable(folder):
     """Make ``folder`` if needed. Raises ValueError, before any training, if it cannot be used."""
+    import tempfile
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -524,6 +525,8 @@ def contact_sheet(images, captions, columns=8, colours=None):
     The captions are black, or each in its own of ``colours``. Images larger than
     SHEET_IMAGE are shown smaller.
     """
+    from PIL import ImageDraw
+
     images = [image.copy() for image in images]
     for image in images:
         image.thumbnail(SHEET_IMAGE)
@@ -536,12 +539,11 @@ def contact_sheet(images, captions, columns=8, colours=None):
     cell_height = max(image.height for image in images) + 26
     rows = math.ceil(len(images) / columns)
     sheet = Image.new("RGB", (min(columns, len(images)) * cell_width, rows * cell_height), "white")
-    draw = ImageDraw.Draw(sheet)
     colours = colours or ["black"] * len(images)
     cells = zip(images, captions, fonts, colours, strict=True)
     for i, (image, caption, font, colour) in enumerate(cells):
         x, y = i % columns * cell_width + 4, i // columns * cell_height + 4
         sheet.paste(image, (x, y))
         middle = x + max(image.width, font.getlength(caption)) / 2, y + image.height + 9
-        draw.text(middle, caption, font=font, fill=colour, anchor="mm")
+        ImageDraw.Draw(sheet).text(middle, caption, font=font, fill=colour, anchor="mm")
     return sheet

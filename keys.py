@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFont
+from PIL import Image
 
 # GB 2312 keeps its 3,755 most frequent characters, ordered by pronunciation, in rows 16
 # to 55 of 94 (GB 2312-1980); the last row has 89. In EUC-CN 0xA0 is added to row and cell.
@@ -415,6 +415,8 @@ def system_fonts():
 @cache
 def caption_font(text):
     """(font, text) to show a caption with: escapes stand for what no font here can show."""
+    from PIL import ImageFont  # which reading does not need
+
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     font = ImageFont.load_default(14)
     if text.isascii() or not lacking(font, text):
@@ -466,6 +468,8 @@ class Font(NamedTuple):
 @lru_cache(128)
 def open_font(path, size=SIZE):
     """The `ImageFont` in a size of pixels."""
+    from PIL import ImageFont
+
     # The basic layout is the same on every machine, Raqm may be missing.
     return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
 
