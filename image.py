@@ -539,11 +539,12 @@ def contact_sheet(images, captions, columns=8, colours=None):
     cell_height = max(image.height for image in images) + 26
     rows = math.ceil(len(images) / columns)
     sheet = Image.new("RGB", (min(columns, len(images)) * cell_width, rows * cell_height), "white")
-    colours = colours or ["black"] * len(images)
-    cells = zip(images, captions, fonts, colours, strict=True)
-    for i, (image, caption, font, colour) in enumerate(cells):
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, caption, font, colour) in enumerate(
+        zip(images, captions, fonts, colours or ["black"] * len(images), strict=True)
+    ):
         x, y = i % columns * cell_width + 4, i // columns * cell_height + 4
         sheet.paste(image, (x, y))
         middle = x + max(image.width, font.getlength(caption)) / 2, y + image.height + 9
-        ImageDraw.Draw(sheet).text(middle, caption, font=font, fill=colour, anchor="mm")
+        draw.text(middle, caption, font=font, fill=colour, anchor="mm")
     return sheet
