@@ -36,6 +36,32 @@ class Reading(NamedTuple):
     alternatives: tuple[tuple[str, float], ...] = ()
 
 
+def surest(readings):
+    """The `Reading` of the highest confidence, one without text only where all are."""
+    return max(readings, key=lambda reading: (reading.text != "", reading.confidence))
+
+
+def vote(readings):
+    """The `Reading` of an image that was read several times: the most probable of their texts.
+
+    A text's confidence is the mean of those that the readings give it, as in an ensemble
+    (Hansen and Salamon, IEEE PAMI 1990); no text counts only where none found any. The
+    characters' are of the reading that is surest of it.
+    """
+    if len(readings) == 1:
+        return readings[0]
+    mean = defaultdict(float)
+    for reading in readings:
+        for text, confidence in (reading[:2], *reading.alternatives):
+            mean[text] += confidence / len(readings)
+    text = max((r.text for r in readings), key=lambda text: (text != "", mean[text]))
+    best = max((r for r in readings if r.text == text), key=lambda r: r.confidence)
+    others = sorted(((p, other) for other, p in mean.items() if other != text), reverse=True)
+    count = max(len(reading.alternatives) for reading in readings)
+    others = tuple((other, p) for p, other in others[:count])
+    return best._replace(confidence=mean[text], alternatives=others)
+
+
 @dataclass(frozen=True)
 class Search:
     """How to look for the most probable text, where greedy decoding is not enough.

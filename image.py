@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-# hashlib, tempfile, ImageDraw and ImageOps, which reading seldom needs, are imported where
-# they are used: with keys' ImageFont they are a fifteenth of a start.
+# hashlib, ImageDraw and ImageOps, which reading seldom needs, are imported where they are
+# used: with tempfile and keys' ImageFont they are a fifteenth of a start.
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from keys import caption_font
@@ -43,6 +43,10 @@ PAUSES = (0.05, 0.2, 0.8)  # seconds, while another program may hold a file
 SHEET_IMAGE = (320, 96)  # pixels of an image on a contact sheet, at most
 LOOKED_AT = 2**20  # pixels, at most, in which text is looked for
 INK = 30  # of 255: what differs less from an image's edges is background
+STRETCHES, SURE = (
+    (0.8, 1.12, 1.25),
+    0.9,
+)  # of the other looks at an image, and below which confidence
 # Good files carry more than a megabyte of text or of a colour profile.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**24
 _LOADING = threading.Lock()
@@ -64,6 +68,7 @@ class Preprocess:
         trim: cut the image to its `text_box` before. None: leave it as it is, but read it
             both ways where the text is less than half of it, see `views`.
         mean, std: the network gets (pixel - mean) / std, a pixel is 0 to 255.
+        sure: what is read with a lower confidence, 0 to 1, is read from `other_looks` too.
     """
 
     height: int = 32
@@ -71,12 +76,10 @@ class Preprocess:
     trim: bool | None = False
     mean: float = 127.5
     std: float = 127.5
+    sure: float = 0.0
 
     def __call__(self, image):
-        """Resize an RGB `PIL.Image` to (3, height, W) uint8, W a multiple of 4.
-
-        Raises ImageError where the aspect ratio makes it wider than 4,096 pixels.
-        """
+        """Resize an RGB `PIL.Image` to (3, height, W) uint8, W a multiple of 4; see `width_of`."""
         if self.trim:
             image = image.crop(text_box(image))
         width = self.width_of(*image.size)
@@ -128,6 +131,18 @@ class Preprocess:
             return pixels
         pixels = pixels.to(kind) if kind else pixels.float()
         return pixels.sub_(self.mean).div_(self.std)
+
+
+def other_looks(images):
+    """For each of STRETCHES {key: [(3, height, W) uint8]}, with the arrays so much wider."""
+    for by in STRETCHES if images else ():
+        yield {key: [_stretched(pixels, by) for pixels in found] for key, found in images.items()}
+
+
+def _stretched(pixels, by):
+    width = max(1, round(pixels.shape[2] / PATCH * by)) * PATCH
+    image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    return Preprocess(pixels.shape[1], width)(image)
 
 
 def find_images(folder):
@@ -233,12 +248,11 @@ def _has_more(image):
 
 
 def _to_rgb(image):
+    size = f"{image.width}x{image.height} pixels"
     if min(image.size) < 2:
-        raise ImageError(f"has {image.width}x{image.height} pixels, at least 2x2 are needed")
+        raise ImageError(f"has {size}, at least 2x2 are needed")
     if image.width * image.height > MAX_PIXELS:
-        raise ImageError(
-            f"has {image.width}x{image.height} pixels, more than {MAX_PIXELS:,} are refused"
-        )
+        raise ImageError(f"has {size}, more than {MAX_PIXELS:,} are refused")
     if image.getexif().get(ORIENTATION, 1) != 1:
         from PIL import ImageOps
 
@@ -380,16 +394,14 @@ def look_at(source, find_text=True, preprocess=None):
     import hashlib
 
     image = read_image(source)
-    (left, top, right, bottom), lines = (0, 0, *image.size), 1
-    if find_text:
-        (left, top, right, bottom), lines = find_text_lines(image)
+    whole = (0, 0, *image.size), 1
+    (left, top, right, bottom), lines = find_text_lines(image) if find_text else whole
     digest = hashlib.blake2b(image.tobytes(), digest_size=16).digest()
-    more = image.info.get(MORE, False)
-    pixels = None
+    text_size, pixels = (right - left, bottom - top), None
     if preprocess:
         with contextlib.suppress(ImageError):  # whether it fits is asked later
             pixels = preprocess(image)
-    return Look(image.size, (right - left, bottom - top), lines, more, digest, pixels)
+    return Look(image.size, text_size, lines, image.info.get(MORE, False), digest, pixels)
 
 
 def fitting_preprocess(sizes, text_sizes, needed, height=None, width=None, trim=None):
@@ -406,7 +418,7 @@ def fitting_preprocess(sizes, text_sizes, needed, height=None, width=None, trim=
         height, width, trim: of the `Preprocess`, None for what suits.
     """
     if not sizes:
-        return Preprocess(height or 32, width, bool(trim))
+        return Preprocess(height or 32, width, bool(trim), sure=0 if width else SURE)
     if trim is None:
         shares = [
             math.prod(text) / math.prod(size) for size, text in zip(sizes, text_sizes, strict=True)
@@ -422,7 +434,7 @@ def fitting_preprocess(sizes, text_sizes, needed, height=None, width=None, trim=
     columns = [max(1, round(w * height / h / PATCH)) for w, h in sizes]
     tight = sum(1.25 * n > c for n, c in zip(needed, columns, strict=True))
     if tight <= len(sizes) / 20:
-        return Preprocess(height, None, trim)
+        return Preprocess(height, None, trim, sure=SURE)
     longest = sorted(needed)[int(0.995 * len(needed))]  # not that of a mistaken label
     usual = sorted(columns)[len(columns) // 2]
     return Preprocess(height, PATCH * max(usual, math.ceil(1.25 * longest)), trim)
@@ -462,17 +474,6 @@ def as_they_come(items, most):
         stopped.set()
         while not arrived.empty():  # lets the thread go on to its end
             arrived.get()
-
-
-def check_writable(folder):
-    """Make ``folder`` if needed. Raises ValueError, before any training, if it cannot be used."""
-    import tempfile
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"--out {folder}: cannot be written to ({error.strerror})") from None
 
 
 def write_atomically(path, content):
@@ -532,9 +533,8 @@ def contact_sheet(images, captions, columns=8, colours=None):
         image.thumbnail(SHEET_IMAGE)
     fonts, captions = zip(*map(caption_font, captions), strict=True)
     captions = [_shortened(text, font) for text, font in zip(captions, fonts, strict=True)]
-    widths = [image.width for image in images] + [
-        font.getlength(text) for font, text in zip(fonts, captions, strict=True)
-    ]
+    widths = [image.width for image in images]
+    widths += [font.getlength(text) for font, text in zip(fonts, captions, strict=True)]
     cell_width = math.ceil(max(widths)) + 8
     cell_height = max(image.height for image in images) + 26
     rows = math.ceil(len(images) / columns)

@@ -31,8 +31,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ctc_label_converter import SETTINGS, CTCLabelConverter
-from image import PATCH, ImageError, Preprocess, as_they_come, read_image, write_atomically
+from ctc_label_converter import SETTINGS, CTCLabelConverter, surest, vote
+from image import (
+    PATCH,
+    ImageError,
+    Preprocess,
+    as_they_come,
+    other_looks,
+    read_image,
+    write_atomically,
+)
 from keys import command, import_or_say
 
 ROOT = Path(__file__).resolve().parent
@@ -236,9 +244,7 @@ class RecInfer:
         self.device, self.threads, self.process = device, threads, os.getpid()
         if self.weights.suffix == ".onnx":
             if device != "cpu":
-                raise ValueError(
-                    f"{self.weights}: .onnx files are read on the CPU, not on {device}"
-                )
+                raise ValueError(f"{self.weights}: is read on the CPU, not on {device}")
             loaded = load_onnx(self.weights, threads)
             self.session, self.converter, self.preprocess, self.task = loaded
             SESSIONS.add(self)
@@ -276,8 +282,7 @@ class RecInfer:
             search: a `ctc_label_converter.Search`, None for greedy decoding.
 
         Returns:
-            a `ctc_label_converter.Reading` (text, confidence, char_confidences,
-            alternatives), for a list a list in the same order.
+            a `ctc_label_converter.Reading`, for a list a list in the same order.
 
         Raises ValueError for an image that cannot be read, naming it.
         """
@@ -332,12 +337,21 @@ class RecInfer:
     def _results(self, views, search):
         """A `Reading` for the views of each image, the ValueError for one that stands for them."""
         results = list(views)
-        readable = [i for i, found in enumerate(views) if not isinstance(found, ValueError)]
-        readings = iter(self._read([view for i in readable for view in views[i]], search))
-        for i in readable:
-            own = [next(readings) for _ in views[i]]
-            results[i] = max(own, key=lambda reading: (reading.text != "", reading.confidence))
+        readable = {i: v for i, v in enumerate(views) if not isinstance(v, ValueError)}
+        looks = self._looks(readable, search)
+        sure = self.preprocess.sure
+        unsure = {i: readable[i] for i, found in looks.items() if surest(found).confidence < sure}
+        for others in other_looks(unsure):
+            for i, found in self._looks(others, search).items():
+                looks[i] += found
+        for i, found in looks.items():
+            results[i] = vote(found) if i in unsure else surest(found)
         return results
+
+    def _looks(self, views, search):
+        """{i: a list of `Reading`s} of {i: the views of an image}."""
+        readings = iter(self._read([view for found in views.values() for view in found], search))
+        return {i: [next(readings) for _ in found] for i, found in views.items()}
 
     def _read(self, views, search):
         """The `Reading` of each of some (3, height, W) uint8 arrays."""
@@ -386,11 +400,8 @@ class RecInfer:
 
     def _logits_of_onnx_runtime(self, pixels):
         """(N, 3, height, W) uint8 -> (N, W/4, nclass) float32."""
-        images = self.preprocess.normalise(pixels)
-        session = self.session
-        if session is None:
-            session = self.session = load_onnx(self.weights, self.threads)[0]
-        return session.run(None, {INPUT: images})[0]
+        session = self.session = self.session or load_onnx(self.weights, self.threads)[0]
+        return session.run(None, {INPUT: self.preprocess.normalise(pixels)})[0]
 
 
 def export(weights, out):
@@ -400,9 +411,7 @@ def export(weights, out):
     "task" if it has one and, in JSON, the other settings of the `CTCLabelConverter` and the
     "preprocess".
 
-    Returns:
-        (images, difference): the number of sample images that were read with both, and
-        the largest difference of a probability, 0 to 1.
+    Returns what `compare` does.
 
     Raises ValueError where a package is missing, ``weights`` cannot be used, ``out``
     cannot be written, or the two files do not read the same texts.
@@ -424,10 +433,7 @@ def export(weights, out):
                 str(scratch),
                 input_names=[INPUT],
                 output_names=["logits"],
-                dynamic_axes={
-                    INPUT: {0: "N", 3: "W"},
-                    "logits": {0: "N", 1: f"W/{PATCH}"},
-                },
+                dynamic_axes={INPUT: {0: "N", 3: "W"}, "logits": {0: "N", 1: f"W/{PATCH}"}},
                 opset_version=17,
                 # Weights with normalisation folded into them would be no halves any more.
                 training=torch.onnx.TrainingMode.PRESERVE,
@@ -495,10 +501,7 @@ def store_halves(network):
 
 
 def compare(reader, other):
-    """Read the sample images with two `RecInfer`s.
-
-    Returns:
-        (number of images, largest difference of a probability).
+    """(number of sample images, largest difference of a probability, 0 to 1) of two `RecInfer`s.
 
     Raises ValueError if a text differs.
     """
@@ -521,17 +524,14 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("export", help="write a checkpoint as ONNX or as a page")
     command.add_argument(
-        "--weights",
-        type=Path,
+        "--weights", type=Path,
         help="checkpoint (default: the last one in save_model/, else the shipped one)",
-    )
+    )  # fmt: skip
     command.add_argument(
-        "--out",
-        type=Path,
-        metavar="OUT",
+        "--out", type=Path, metavar="OUT",
         help="W.onnx, or W.html for a page that reads in any browser (default: the checkpoint's "
         "name with .onnx)",
-    )
+    )  # fmt: skip
     args = parser.parse_args()
     weights = args.weights or latest_weights()
     out = args.out or weights.with_suffix(".onnx")

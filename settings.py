@@ -8,6 +8,7 @@ import math
 import os
 import random
 import shutil
+import tempfile
 import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from dataset import (
     save_problems,
 )  # fmt: skip
 from gen_image import count, defaults
-from image import PATCH, Preprocess, check_writable
+from image import PATCH, SURE, Preprocess
 from infer_tool import SAVE_FOLDER, SHIPPED_WEIGHTS
 from keys import check_alphabet, is_right_to_left, load_alphabet
 from label_file import SPLITS
@@ -90,8 +91,8 @@ PRESETS = {  # of the tasks in gen_image.py
         Preprocess(32), nh=64, depth=4, epochs=3, lr=0.01, averaging=0.995, flat=250, length=4
     ),
     "general": Preset(
-        Preprocess(32, trim=None), nh=160, depth=8, epochs=5, lr=0.01, averaging=0.999, flat=300,
-        muon=2, amp=True, expect_numbers=True,
+        Preprocess(32, trim=None, sure=SURE), nh=160, depth=8, epochs=5, lr=0.01, averaging=0.999,
+        flat=300, muon=2, amp=True, expect_numbers=True,
     ),
 }  # fmt: skip
 
@@ -348,6 +349,15 @@ class Files(NamedTuple):
     state: Path
 
 
+def check_writable(folder):
+    """Make ``folder`` if needed. Raises ValueError, before any training, if it cannot be used."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"--out {folder}: cannot be written to ({error.strerror})") from None
+
+
 def output_files(args, preset):
     """The `Files` of a training, named by the task or the data's folder, nh and depth."""
     source = args.task
@@ -452,10 +462,11 @@ def prepare(args, start, device):
         preprocess = start.preprocess
     elif args.task:
         size = PRESETS[args.task].preprocess
-        preprocess = Preprocess(
-            args.height or size.height,
-            args.width or size.width,
-            size.trim if args.trim is None else args.trim,
+        preprocess = replace(
+            size,
+            height=args.height or size.height,
+            width=args.width or size.width,
+            trim=size.trim if args.trim is None else args.trim,
         )
     length = text_length(args, start.converter if known else None)
     checked = check_data(args, alphabet=alphabet, preprocess=preprocess, length=length)

@@ -24,12 +24,11 @@ import signal
 if __name__ == "__main__":  # Ctrl-C during the imports: an end without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import ctypes
 import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -43,19 +42,21 @@ import model as network
 import settings
 from collatefn import (
     AUGMENTATIONS,
+    TextImageDataset,
     TrainingLoader,
     evaluation_loader,
     from_first,
     gather,
+    keep_freed_memory,
     lost_process,
     processes,
     random_shift,
     start_processes,
     training_loader,
 )
-from ctc_label_converter import fit_temperature
+from ctc_label_converter import fit_temperature, vote
 from dataset import DataOptions, case_folding, data_sheet
-from image import check_writable, save_picture
+from image import other_looks, save_picture
 from infer_tool import latest_weights, written_weights
 from keys import command
 from loss import (
@@ -68,7 +69,6 @@ from loss import (
     take_step,
 )
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 MAX_SKIPPED = 20  # steps in a row without a finite gradient, then the training ends
 
 
@@ -221,6 +221,28 @@ def evaluate(recogniser, batches, device):
     return sum(loss for loss, _ in parts) / len(found), [found[i] for i in range(len(found))]
 
 
+def look_again(recogniser, checked, samples, readings, device):
+    """Read samples of which the readings are unsure as `RecInfer` does, stretched too.
+
+    Args:
+        checked: the `Checked` of the samples.
+        readings: a `Reading` of each, from `evaluate`.
+
+    Returns:
+        a `Reading` of each.
+    """
+    looks = [[reading] for reading in readings]
+    unsure = [i for i, r in enumerate(readings) if r.confidence < checked.preprocess.sure]
+    samples = [samples[i] for i in unsure]
+    data = TextImageDataset(samples, checked.preprocess, known=checked.pixels)
+    for others in other_looks({samples[i].path: [pixels] for pixels, _, i in data}):
+        known = {path: pixels for path, [pixels] in others.items()}
+        batches = evaluation_loader(checked._replace(pixels=known), samples, recogniser.converter)
+        for i, reading in zip(unsure, evaluate(recogniser, batches, device)[1], strict=True):
+            looks[i].append(reading)
+    return [vote(found) for found in looks]
+
+
 def calibrate(recogniser, batches, device, fold=str):
     """A `model.Recogniser` with the temperature that fits its readings of ``batches``.
 
@@ -351,7 +373,7 @@ def begin(args, device):
     rank, world = processes()
     start = settings.starting_point(args)
     plan = from_first(lambda: settings.prepare(args, start, device))
-    check_writable(args.out)
+    settings.check_writable(args.out)
     files = settings.output_files(args, plan.preset)
     from_first(lambda: network.claim(files.checkpoint))
     if rank == 0:
@@ -440,6 +462,7 @@ def finish(run, world):
         best = calibrate(best, batches(run.plan.held_out), run.device)
     network.save_checkpoint(files.checkpoint, best)
     _, readings = evaluate(best, batches(checked.test), run.device)
+    readings = look_again(best, checked, checked.test, readings, run.device)
     metric.show_mistakes(checked.test, readings, files.mistakes)
     if not files.curves.exists():
         print("for curves of the training: pip install matplotlib")
@@ -480,6 +503,7 @@ def evaluate_weights(args, device):
     print(f"evaluating {weights}")
     recogniser, checked, batches, fold = load_test_set(args, weights, val_fraction=1)
     _, readings = evaluate(recogniser, batches, device)
+    readings = look_again(recogniser, checked, checked.test, readings, device)
     readings = [reading._replace(text=fold(reading.text)) for reading in readings]
     labels = [sample.label for sample in checked.test]
     texts = [reading.text for reading in readings]
@@ -497,18 +521,6 @@ def calibrate_weights(args, device):
     recogniser = calibrate(recogniser, batches, device, fold)
     network.save_checkpoint(weights, recogniser)
     print(f"{weights}: the temperature is now {recogniser.converter.temperature}")
-
-
-def keep_freed_memory():
-    """Let glibc keep what is freed, up to 1 GB: the next step needs as much again.
-
-    Given back to the system, it came back as hundreds of page faults a step, an eighth of a
-    step of the smallest network. Other C libraries do not have that call.
-    """
-    with suppress(AttributeError, OSError, TypeError):
-        allocator = ctypes.CDLL(None).mallopt
-        for option, value in (M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 1 << 30):
-            allocator(option, value)
 
 
 def main():

@@ -11,11 +11,13 @@ from ctc_label_converter import (
     NUMBERS,
     TEMPERATURES,
     CTCLabelConverter,
+    Reading,
     Search,
     columns_needed,
     fit_temperature,
     length_range,
     softmax,
+    vote,
 )
 
 ALPHABET = "ab1"
@@ -245,3 +247,16 @@ def test_a_large_lexicon_takes_bounded_memory(logits):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 60 * 2**20
+
+
+def test_several_readings_of_an_image_vote():
+    one, two, three = Reading("ab", 0.6, [1, 1]), Reading("c", 0.5, [0.7]), Reading("c", 0.4, [0.9])
+    assert vote([one]) is one
+    text, confidence, *rest = vote([one, two, three])
+    assert (text, rest) == ("c", [[0.7], ()])
+    assert confidence == pytest.approx(0.3)
+    two, nothing = two._replace(alternatives=(("ab", 0.2), ("d", 0.1))), Reading("", 1.0, [])
+    [text, confidence, _, others] = vote([one, two, nothing])
+    assert (text, [other for other, _ in others]) == ("ab", ["", "c"])
+    assert confidence == pytest.approx(0.8 / 3)
+    assert vote([nothing, nothing]).text == ""
