@@ -38,6 +38,8 @@ from keys import command, load_alphabet
 
 SAMPLES = ROOT / "assets" / "samples"
 SHEET = 400  # images on the contact sheet, at most
+MANY, SHARE = 1000, 250  # images, from which on processes share them, and of one share
+READERS = {}  # of a process that reads shares
 
 
 def list_images(arguments):
@@ -55,6 +57,37 @@ def list_images(arguments):
             yield from found
         else:
             yield argument
+
+
+def read_share(paths, search):
+    """[(path, `Reading` or ValueError)] of some paths, in a process of `read_all`."""
+    return list(READERS["reader"].stream(paths, search))
+
+
+def read_all(reader, paths, search):
+    """`RecInfer.stream` of paths; many small images are read by a process for each core.
+
+    Forked processes have all that was imported. Other systems than Linux do not fork safely,
+    and PyTorch does not like to.
+    """
+    one = sys.platform != "linux" or reader.weights.suffix != ".onnx" or os.cpu_count() == 1
+    if one or not isinstance(paths, list) or len(paths) < MANY:
+        yield from reader.stream(paths, search)
+        return
+    from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    READERS["reader"], reader.threads = reader, 1
+    shares = [paths[i : i + SHARE] for i in range(0, len(paths), SHARE)]
+    alone = signal.SIGINT, signal.SIG_IGN  # Ctrl-C is for the first process, which ends them
+    pool = ProcessPoolExecutor(os.cpu_count(), get_context("fork"), signal.signal, alone)
+    try:
+        for share in pool.map(read_share, shares, [search] * len(shares)):
+            yield from share
+    except BrokenProcessPool:
+        raise ValueError("a process that read images was ended, maybe for want of memory") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def read_labels(path):
@@ -238,14 +271,15 @@ def main():
     if not samples.is_dir():  # general has none of its own
         samples = SAMPLES / "simple"
     paths = list_images(args.images or list(labels) or [samples])
-
     waited_for = Path("-") in args.images  # by a program that asks again when it has an answer
+    paths = paths if waited_for else list(paths)
     failed, right, compared, shown = 0, 0, 0, []
+    results = read_all(reader, paths, args.search)
     if sys.stderr.isatty():  # no bar where nobody watches
         from tqdm import tqdm  # which takes a third of the time of a start
 
-        paths = tqdm(paths, unit="img")
-    for path, result in reader.stream(paths, args.search):
+        results = tqdm(results, total=None if waited_for else len(paths), unit="img")
+    for path, result in results:
         if isinstance(result, ValueError):
             failed += 1
             print(f"demo.py: error: {result}", file=sys.stderr)

@@ -15,6 +15,7 @@ from captcha.image import DEFAULT_FONTS
 from helpers import ENVIRONMENT, ROOT, SAMPLES, assert_clear_error, load, run_script
 from PIL import Image, ImageDraw, ImageFont
 
+from demo import MANY
 from infer_tool import SHIPPED_WEIGHTS, RecInfer
 from label_file import read_label_file
 from model import load_checkpoint, save_checkpoint
@@ -281,3 +282,20 @@ print(sys.stdout.getvalue().count("\\n"), "lines", file=real)
     assert process.stdout.splitlines()[0] in ("demo.py 0", "demo.py None")
     assert process.stdout.splitlines()[1].startswith("train.py train.py: error: --lr -1.0")
     assert process.stdout.splitlines()[2] == "16 lines"
+
+
+def test_many_images_are_read_alike_and_in_order(tmp_path):
+    """By several processes, where one alone would take longer."""
+    samples = sorted(SIMPLE.glob("*.png"))
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(samples[0].read_bytes()[:200])
+    paths = [*(samples * (1 + MANY // len(samples))), broken]
+    reader = RecInfer(NETWORK[1])
+    rows = [
+        f"{path}\t{result.text}\t{result.confidence:.4f}"
+        for path, result in reader.stream(paths)
+        if not isinstance(result, ValueError)
+    ]
+    process = run_script("demo.py", *NETWORK, *paths, cwd=tmp_path)
+    assert process.stdout.splitlines() == rows
+    assert_clear_error(process, "broken.png: is a broken image file")
