@@ -43,10 +43,8 @@ PAUSES = (0.05, 0.2, 0.8)  # seconds, while another program may hold a file
 SHEET_IMAGE = (320, 96)  # pixels of an image on a contact sheet, at most
 LOOKED_AT = 2**20  # pixels, at most, in which text is looked for
 INK = 30  # of 255: what differs less from an image's edges is background
-STRETCHES, SURE = (
-    (0.8, 1.12, 1.25),
-    0.9,
-)  # of the other looks at an image, and below which confidence
+STRETCHES = 0.8, 1.12, 1.25  # of an image's other looks
+SURE = 0.9  # confidence that needs no other looks
 # Good files carry more than a megabyte of text or of a colour profile.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**24
 _LOADING = threading.Lock()
