@@ -416,7 +416,7 @@ def fitting_preprocess(sizes, text_sizes, needed, height=None, width=None, trim=
         height, width, trim: of the `Preprocess`, None for what suits.
     """
     if not sizes:
-        return Preprocess(height or 32, width, bool(trim), sure=0 if width else SURE)
+        return Preprocess(height or 32, width, bool(trim))
     if trim is None:
         shares = [
             math.prod(text) / math.prod(size) for size, text in zip(sizes, text_sizes, strict=True)
@@ -432,7 +432,7 @@ def fitting_preprocess(sizes, text_sizes, needed, height=None, width=None, trim=
     columns = [max(1, round(w * height / h / PATCH)) for w, h in sizes]
     tight = sum(1.25 * n > c for n, c in zip(needed, columns, strict=True))
     if tight <= len(sizes) / 20:
-        return Preprocess(height, None, trim, sure=SURE)
+        return Preprocess(height, None, trim)
     longest = sorted(needed)[int(0.995 * len(needed))]  # not that of a mistaken label
     usual = sorted(columns)[len(columns) // 2]
     return Preprocess(height, PATCH * max(usual, math.ceil(1.25 * longest)), trim)

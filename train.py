@@ -56,7 +56,7 @@ from collatefn import (
 )
 from ctc_label_converter import fit_temperature, vote
 from dataset import DataOptions, case_folding, data_sheet
-from image import other_looks, save_picture
+from image import SURE, other_looks, save_picture
 from infer_tool import latest_weights, written_weights
 from keys import command
 from loss import (
@@ -79,7 +79,7 @@ class Progress:
     skipped: steps whose gradient was not finite. rows: a `metric.EpochResult` for each epoch.
     order, random_states: of the generators, after the last epoch.
     fall: (step, epoch) where the rate begins to fall, and those where the training ends.
-    temperature: that fitted the held-out images before they were trained on too.
+    temperature, sure: what fitted the held-out images before they were trained on too.
     """
 
     step: int = 0
@@ -89,6 +89,7 @@ class Progress:
     random_states: list = field(default_factory=list)
     fall: tuple | None = None
     temperature: float | None = None
+    sure: float | None = None
 
 
 @dataclass
@@ -205,11 +206,7 @@ def logits_of(recogniser, batches, device):
 
 
 def evaluate(recogniser, batches, device):
-    """Read all batches, which the processes share.
-
-    Returns:
-        (loss in nats per image, `Reading`s in the order of the data set).
-    """
+    """(nats per image, `Reading`s in the order of the data set) of all processes' batches."""
     criterion, found, total_loss = CTCLoss(), {}, 0.0
     for batch, logits in logits_of(recogniser, batches, device):
         loss = criterion(logits, batch.targets, batch.columns, batch.target_lengths)
@@ -222,17 +219,9 @@ def evaluate(recogniser, batches, device):
 
 
 def look_again(recogniser, checked, samples, readings, device):
-    """Read samples of which the readings are unsure as `RecInfer` does, stretched too.
-
-    Args:
-        checked: the `Checked` of the samples.
-        readings: a `Reading` of each, from `evaluate`.
-
-    Returns:
-        a `Reading` of each.
-    """
+    """The readings of some samples, the unsure ones mended by other looks, as in `RecInfer`."""
     looks = [[reading] for reading in readings]
-    unsure = [i for i, r in enumerate(readings) if r.confidence < checked.preprocess.sure]
+    unsure = [i for i, r in enumerate(readings) if r.confidence < recogniser.preprocess.sure]
     samples = [samples[i] for i in unsure]
     data = TextImageDataset(samples, checked.preprocess, known=checked.pixels)
     for others in other_looks({samples[i].path: [pixels] for pixels, _, i in data}):
@@ -243,12 +232,24 @@ def look_again(recogniser, checked, samples, readings, device):
     return [vote(found) for found in looks]
 
 
-def calibrate(recogniser, batches, device, fold=str):
-    """A `model.Recogniser` with the temperature that fits its readings of ``batches``.
+def choose_looks(recogniser, plan, batches, device):
+    """A `model.Recogniser` that looks again where unsure, if held-out images are read better so.
 
-    Args:
-        fold: see `fit_temperature`.
+    Some characters, O and 0 in many fonts, differ by their width alone.
     """
+    samples, preprocess = plan.held_out, recogniser.preprocess
+    if plan.held_out is plan.checked.test or preprocess.width:
+        return recogniser
+    again = replace(recogniser, preprocess=replace(preprocess, sure=SURE))
+    _, once = evaluate(recogniser, batches, device)
+    readings = once, look_again(again, plan.checked, samples, once, device)
+    labels = [sample.label for sample in samples]
+    errors = [metric.character_error_rate([r.text for r in found], labels) for found in readings]
+    return again if errors[1] < errors[0] else recogniser
+
+
+def calibrate(recogniser, batches, device, fold=str):
+    """A `model.Recogniser` with the temperature that fits ``batches``, see `fit_temperature`."""
     read = (
         (logits.cpu().numpy(), batch.columns.numpy(), batch.labels)
         for batch, logits in logits_of(recogniser, batches, device)
@@ -316,7 +317,9 @@ def last_epoch(run):
 def begin_fall(run, epochs):
     """From now on the rate falls, for some epochs, and the held-out images are trained on too."""
     progress, plan = run.progress, run.plan
-    progress.temperature = calibrate(run.averaged(), run.held_out, run.device).converter.temperature
+    fitted = calibrate(run.averaged(), run.held_out, run.device)
+    fitted = choose_looks(fitted, plan, run.held_out, run.device)
+    progress.temperature, progress.sure = fitted.converter.temperature, fitted.preprocess.sure
     run.train_batches = run.batches_of([*plan.checked.train, *plan.held_out])
     now, last = len(progress.rows), len(progress.rows) + epochs
     progress.fall = (
@@ -440,8 +443,7 @@ def train(args, device):
 def finish(run, world):
     """Calibrate the checkpoint, show what it misreads, and say where it is.
 
-    Args:
-        world: number of the processes that trained. Only the first one is left.
+    Of the ``world`` processes that trained only the first one is left.
     """
     progress, files, checked = run.progress, run.files, run.plan.checked
     if progress.skipped:
@@ -457,9 +459,12 @@ def finish(run, world):
         return run.held_out if kept else evaluation_loader(checked, samples, best.converter)
 
     if progress.fall:
-        best = replace(best, converter=best.converter.with_temperature(progress.temperature))
+        converter = best.converter.with_temperature(progress.temperature)
+        looks = replace(best.preprocess, sure=progress.sure)
+        best = replace(best, converter=converter, preprocess=looks)
     else:
         best = calibrate(best, batches(run.plan.held_out), run.device)
+        best = choose_looks(best, run.plan, batches(run.plan.held_out), run.device)
     network.save_checkpoint(files.checkpoint, best)
     _, readings = evaluate(best, batches(checked.test), run.device)
     readings = look_again(best, checked, checked.test, readings, run.device)

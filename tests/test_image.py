@@ -4,7 +4,6 @@ import io
 import multiprocessing
 import random
 import tracemalloc
-from functools import partial
 from statistics import median
 
 import numpy as np
@@ -14,7 +13,6 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from ctc_label_converter import columns_needed
 from image import (
-    SURE,
     ImageError,
     Preprocess,
     contact_sheet,
@@ -74,14 +72,13 @@ def test_the_size_fits_the_labels():
         needed = columns_needed(label)
         return fitting_preprocess([size] * 20, [text or size] * 20, [needed] * 20, **given)
 
-    kept = partial(Preprocess, width=None, sure=SURE)
-    assert fitting((160, 40), "abcd") == kept(32)
-    assert fitting((430, 80), "abcd") == kept(48)
+    assert fitting((160, 40), "abcd") == Preprocess(32, None)
+    assert fitting((430, 80), "abcd") == Preprocess(48, None)
     assert fitting((430, 80), "abcd", width=128) == Preprocess(48, 128)
-    assert fitting((430, 80), "abcd", height=64) == kept(64)
-    assert fitting((430, 80), "abcd", text=(200, 60)) == kept(40, trim=True)
-    assert fitting((430, 80), "abcd", text=(400, 60)) == kept(48)
-    assert fitting((430, 80), "abcd", text=(200, 60), trim=False) == kept(48)
+    assert fitting((430, 80), "abcd", height=64) == Preprocess(64, None)
+    assert fitting((430, 80), "abcd", text=(200, 60)) == Preprocess(40, None, True)
+    assert fitting((430, 80), "abcd", text=(400, 60)) == Preprocess(48, None)
+    assert fitting((430, 80), "abcd", text=(200, 60), trim=False) == Preprocess(48, None)
     wide = fitting((40, 60), "12345678")
     assert wide.width // 4 >= 10
     # Not what the image has room for, but what its text has.

@@ -10,6 +10,7 @@ import time
 import venv
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,10 @@ import torch
 from helpers import ROOT, SAMPLES, assert_clear_error, run_script
 from PIL import Image
 
+import train
+from collatefn import evaluation_loader
 from ctc_label_converter import vote
+from dataset import DataOptions, check
 from image import SURE, other_looks, read_image
 from infer_tool import SHIPPED_WEIGHTS, RecInfer
 from model import load_checkpoint, save_checkpoint
@@ -315,30 +319,48 @@ def test_a_broken_installation_is_shown_as_it_is(package, tmp_path):
     assert "pip install" not in process.stderr
 
 
-def test_what_is_unsure_is_read_at_other_widths_too(tmp_path):
-    """Then the texts vote, and an evaluation counts the same ones."""
+@pytest.fixture(scope="module")
+def readers(tmp_path_factory):
+    """{0: a `RecInfer` that looks once, SURE: one that looks again}, and some images."""
     recogniser = load_checkpoint(SHIPPED_WEIGHTS["general"])
-    readers = {}
+    folder, readers = tmp_path_factory.mktemp("looks"), {}
     for sure in (0, SURE):
         preprocess = replace(recogniser.preprocess, trim=False, sure=sure)
-        save_checkpoint(tmp_path / f"{sure}.pth", replace(recogniser, preprocess=preprocess))
-        readers[sure] = RecInfer(tmp_path / f"{sure}.pth")
-    paths, several, changed = sorted(SAMPLES.glob("[cs][oi]m*/*.png")), [], 0
+        save_checkpoint(folder / f"{sure}.pth", replace(recogniser, preprocess=preprocess))
+        readers[sure] = RecInfer(folder / f"{sure}.pth")
+    return readers, sorted(SAMPLES.glob("[cs][oi]m*/*.png"))[::2]
+
+
+def test_what_is_unsure_is_read_at_other_widths_too(readers):
+    """Then the texts vote."""
+    readers, paths = readers
     for path, first in zip(paths, readers[0].predict(paths), strict=True):
-        several.append(readers[SURE].predict(path))
         looks = [first]
         for others in other_looks({0: [readers[0].preprocess(read_image(path))]}):
             looks.append(readers[0].predict(np.moveaxis(others[0][0], 0, 2)))
         expected = first if first.confidence >= SURE else vote(looks)
-        assert several[-1].text == expected.text
-        assert several[-1].confidence == pytest.approx(expected.confidence, abs=1e-5)
-        changed += several[-1].text != first.text
-    assert changed
+        found = readers[SURE].predict(path)
+        assert found.text == expected.text
+        assert found.confidence == pytest.approx(expected.confidence, abs=1e-5)
 
-    lines = [
-        f"{path}\t{r.text}\n" for path, r in zip(paths, several, strict=True) if r.text.strip()
-    ]
-    (tmp_path / "test.txt").write_text("".join(lines), encoding="utf-8")
-    flags = ["--data", tmp_path / "test.txt", "--weights", tmp_path / f"{SURE}.pth"]
+
+@pytest.mark.parametrize("sure", [0, SURE])
+def test_evaluation_and_training_look_as_a_reader_does(sure, readers, tmp_path):
+    """Were its readings right, an evaluation would say so, and a training choose such looks."""
+    readers, paths = readers
+    texts = {path: reading.text for path, reading in readers[sure].stream(paths)}
+    assert texts != {path: reading.text for path, reading in readers[SURE - sure].stream(paths)}
+    lines = [f"{path}\t{text}\n" for path, text in texts.items() if text.strip()]
+    (tmp_path / "right.txt").write_text("".join(lines), encoding="utf-8")
+    flags = ["--data", tmp_path / "right.txt", "--weights", readers[sure].weights]
     process = run_script("train.py", "--evaluate", *flags, cwd=tmp_path)
-    assert "word accuracy 1.0000 (95 % interval 0.8" in process.stdout, process.stderr
+    assert "word accuracy 1.0000 (95 % interval 0." in process.stdout, process.stderr
+
+    recogniser = readers[0].recogniser
+    alphabet, preprocess = recogniser.converter.alphabet, recogniser.preprocess
+    options = DataOptions(alphabet, preprocess, val_fraction=1)
+    checked = check(tmp_path / "right.txt", options, ["test"])
+    batches = evaluation_loader(checked, checked.test, recogniser.converter)
+    plan = SimpleNamespace(held_out=checked.test, checked=checked._replace(test=[]))
+    chosen = train.choose_looks(recogniser, plan, batches, torch.device("cpu"))
+    assert chosen.preprocess.sure == sure
