@@ -120,7 +120,7 @@ def test_neighbours_do_not_change_a_reading(weights):
     ]
     images = [*samples, *noise]
     alone = [reader.predict(image) for image in images]
-    for size in (2, 3, 17, len(images), 80):
+    for size in (2, 3, 17, len(images), 300):
         chosen = dice.choices(range(len(images)), k=size)
         for i, reading in zip(chosen, reader.predict([images[i] for i in chosen]), strict=True):
             assert_same(reading, alone[i])
