@@ -55,7 +55,7 @@ def vote(readings):
         for text, confidence in (reading[:2], *reading.alternatives):
             mean[text] += confidence / len(readings)
     text = max((r.text for r in readings), key=lambda text: (text != "", mean[text]))
-    best = max((r for r in readings if r.text == text), key=lambda r: r.confidence)
+    best = surest([reading for reading in readings if reading.text == text])
     others = sorted(((p, other) for other, p in mean.items() if other != text), reverse=True)
     count = max(len(reading.alternatives) for reading in readings)
     others = tuple((other, p) for p, other in others[:count])
