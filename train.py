@@ -240,12 +240,12 @@ def choose_looks(recogniser, plan, batches, device):
     samples, preprocess = plan.held_out, recogniser.preprocess
     if plan.held_out is plan.checked.test or preprocess.width:
         return recogniser
-    again = replace(recogniser, preprocess=replace(preprocess, sure=SURE))
+    looks = [replace(recogniser, preprocess=replace(preprocess, sure=s)) for s in (0.0, SURE)]
     _, once = evaluate(recogniser, batches, device)
-    readings = once, look_again(again, plan.checked, samples, once, device)
+    readings = once, look_again(looks[1], plan.checked, samples, once, device)
     labels = [sample.label for sample in samples]
     errors = [metric.character_error_rate([r.text for r in found], labels) for found in readings]
-    return again if errors[1] < errors[0] else recogniser
+    return looks[errors[1] < errors[0]]
 
 
 def calibrate(recogniser, batches, device, fold=str):
