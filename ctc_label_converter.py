@@ -1,6 +1,7 @@
 """Text to CTC targets, network output to text. Works on numpy arrays."""
 
 import math
+import string
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,12 +14,21 @@ from keys import check_alphabet, reordered
 BLANK = 0  # the class of the CTC blank
 WORDS = 500  # of a lexicon that are compared at a time
 SHORT = 30  # characters up to which `short_text_probability` is the faster one
-SETTINGS = ("alphabet", "temperature", "length", "right_to_left", "expect_numbers")
+SETTINGS = ("alphabet", "temperature", "length", "right_to_left", "expect_kinds")
 # Below 1 only a little: a network that read every test image right would ask for 0.
 TEMPERATURES = tuple(round(0.7 * 1.1**i, 3) for i in range(15))
-# Where numbers are to be expected: how much more than other texts those of these characters
-# are. What looks as much like "loo" as like "100" is a number.
-NUMBERS = {"0123456789.,:-/ ": 10.0, "0123456789": 300.0}
+MARKS = " -.,'&/"
+# Where texts of the usual kinds are to be expected: how much more than others those of these
+# characters weigh, of several the last. What looks as much like "loo" as like "100" is a number.
+KINDS = {
+    string.ascii_uppercase + string.digits + MARKS: 3.0,  # codes
+    string.ascii_lowercase + string.digits + MARKS: 3.0,
+    string.ascii_letters + MARKS: 5.0,  # words
+    string.ascii_lowercase + MARKS: 15.0,
+    string.ascii_uppercase + MARKS: 15.0,
+    string.digits + ".,:-/ ": 20.0,
+    string.digits: 600.0,
+}
 
 
 class Reading(NamedTuple):
@@ -120,14 +130,14 @@ class CTCLabelConverter:
         length: characters that every text has, at least 1; None for any number.
         right_to_left: whether texts have letters that are written so: the network reads
             from left to right, and texts are turned on their way to it and back.
-        expect_numbers: whether `decode` weighs texts by `NUMBERS`: for networks that read
+        expect_kinds: whether `decode` weighs texts by `KINDS`: for networks that read
             whatever there is, where a network of one's own has seen what to expect.
 
     Raises ValueError for another alphabet, temperature or length.
     """
 
     def __init__(
-        self, alphabet, temperature=1.0, length=None, right_to_left=False, expect_numbers=False
+        self, alphabet, temperature=1.0, length=None, right_to_left=False, expect_kinds=False
     ):
         if not 0 < temperature < math.inf:
             raise ValueError(f"the temperature {temperature} is not greater than 0")
@@ -137,27 +147,23 @@ class CTCLabelConverter:
         self.temperature = float(temperature)
         self.length = length
         self.right_to_left = bool(right_to_left)
-        self.expect_numbers = bool(expect_numbers)
+        self.expect_kinds = bool(expect_kinds)
         self.nclass = len(alphabet) + 1
         self._class_of = {character: i for i, character in enumerate(alphabet, 1)}
         self._character_of = ["", *alphabet]
-        # (nclass,) True for the classes of numbers, and how much more their texts weigh.
-        self._numbers = [
-            (np.array([True, *(c in characters for c in alphabet)]), weight)
-            for characters, weight in (NUMBERS.items() if expect_numbers else ())
+        # A kind's characters, (nclass,) True for their classes, how much more its texts weigh.
+        kinds = KINDS.items() if expect_kinds else ()
+        self._kinds = [
+            (set(own), np.array([True, *(c in own for c in alphabet)]), w) for own, w in kinds
         ]
 
     def settings(self):
         """The arguments that make the same converter."""
         return {name: getattr(self, name) for name in SETTINGS}
 
-    def with_temperature(self, temperature):
-        """The same converter with another temperature."""
-        return CTCLabelConverter(**self.settings() | {"temperature": temperature})
-
-    def with_length(self, length):
-        """The same converter with another length."""
-        return CTCLabelConverter(**self.settings() | {"length": length})
+    def replaced(self, **settings):
+        """The same converter with some other `settings`."""
+        return CTCLabelConverter(**self.settings() | settings)
 
     def encode(self, labels):
         """Labels to CTC targets.
@@ -180,8 +186,8 @@ class CTCLabelConverter:
         """Greedy decoding, see `best_path`.
 
         A text that comes out longer or shorter than ``length`` is searched once more, for
-        the most probable one of that many characters. Where numbers are expected, the best
-        ones of `NUMBERS`' characters compete with it.
+        the most probable one of that many characters. Where `KINDS` are expected, the best
+        one of each competes with it.
 
         Args:
             logits: (N, T, nclass) float array.
@@ -194,9 +200,9 @@ class CTCLabelConverter:
         probs = softmax(logits / self.temperature)
         if columns is None:
             columns = np.full(len(probs), probs.shape[1])
-        if self.expect_numbers:
+        if self.expect_kinds:
             readings = [
-                self._decode_expecting_numbers(image[:count])
+                self._decode_expecting_kinds(image[:count])
                 for image, count in zip(probs, columns, strict=True)
             ]
         elif len(probs) == 1:
@@ -243,13 +249,14 @@ class CTCLabelConverter:
         text = "".join([self._character_of[k] for k in targets])
         return Reading(text, float(confidence), confidences)
 
-    def _decode_expecting_numbers(self, probs):
-        """`decode` of one image's (T, nclass) probabilities, with texts weighed by `NUMBERS`."""
-        reading = self._decode_one(probs)
-        found = {reading.text: (reading, 1.0)}
-        for classes, weight in self._numbers:
-            reading = self._decode_one(probs * classes)
-            if reading.text:  # no text is not a number
+    def _decode_expecting_kinds(self, probs):
+        """`decode` of one image's (T, nclass) probabilities, with texts weighed by `KINDS`."""
+        plain = self._decode_one(probs)
+        found = {plain.text: (plain, 1.0)}
+        for own, classes, weight in self._kinds:
+            # A best path that has no other classes is the best one of these too.
+            reading = plain if own.issuperset(plain.text) else self._decode_one(probs * classes)
+            if reading.text:  # no text is of no kind
                 found[reading.text] = reading, weight
         # That of all texts together, if those that were not found weigh 1.
         total = 1 + sum((weight - 1) * reading.confidence for reading, weight in found.values())
@@ -350,7 +357,7 @@ def fit_temperature(converter, batches, fold=str):
         batches: an iterable of (logits (N, T, nclass), columns (N,), labels).
         fold: what is done to a text before it is compared with its label.
     """
-    scaled = [converter.with_temperature(temperature) for temperature in TEMPERATURES]
+    scaled = [converter.replaced(temperature=temperature) for temperature in TEMPERATURES]
     loss = dict.fromkeys(TEMPERATURES, 0.0)
     for logits, columns, labels in batches:
         for own in scaled:

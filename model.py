@@ -34,7 +34,7 @@ from filelock import FileLock, Timeout  # which PyTorch depends on
 from torch import nn
 from torch.nn import functional as F
 
-from ctc_label_converter import BLANK, NUMBERS, SETTINGS, CTCLabelConverter
+from ctc_label_converter import BLANK, KINDS, SETTINGS, CTCLabelConverter
 from image import PATCH, Preprocess, write_atomically
 from keys import command
 
@@ -263,7 +263,7 @@ def browser_network(recogniser):
         "alphabet": converter.alphabet,
         "temperature": converter.temperature,
         "length": converter.length,
-        "weights": NUMBERS if converter.expect_numbers else {},
+        "weights": KINDS if converter.expect_kinds else {},
         "preprocess": asdict(recogniser.preprocess),
         "half": recogniser.half,
         "tensors": [[name, len(numbers)] for name, numbers in state.items()],

@@ -55,7 +55,7 @@ class Preset:
         warm_up: steps over which the rates rise, a tenth of all at most.
         amp: compute in bfloat16 where the CPU has instructions for it.
         length: characters that every text has, None for any number.
-        expect_numbers: see `ctc_label_converter.CTCLabelConverter`.
+        expect_kinds: see `ctc_label_converter.CTCLabelConverter`.
         until_done: end when the loss of held-out images falls no more, see `fall_of`,
             after ``epochs`` at the latest; else after all of them.
     """
@@ -74,7 +74,7 @@ class Preset:
     warm_up: int = 80
     amp: bool = False
     length: int | None = None
-    expect_numbers: bool = False
+    expect_kinds: bool = False
     until_done: bool = False
 
 
@@ -92,7 +92,7 @@ PRESETS = {  # of the tasks in gen_image.py
     ),
     "general": Preset(
         Preprocess(32, trim=None, sure=SURE), nh=160, depth=8, epochs=5, lr=0.01, averaging=0.999,
-        flat=300, muon=2, amp=True, expect_numbers=True,
+        flat=300, muon=2, amp=True, expect_kinds=True,
     ),
 }  # fmt: skip
 
@@ -525,14 +525,14 @@ def first_recogniser(args, plan, start):
     """
     checked, preset = plan.checked, plan.preset
     if start and not args.fine_tune:
-        converter = start.converter.with_length(preset.length)
+        converter = start.converter.replaced(length=preset.length)
         return replace(start, converter=converter, task=args.task, half=args.half)
     turned = any(map(is_right_to_left, checked.alphabet))
     converter = CTCLabelConverter(
         checked.alphabet,
         length=preset.length,
         right_to_left=turned,
-        expect_numbers=preset.expect_numbers,
+        expect_kinds=preset.expect_kinds,
     )
     if start:
         network, known = with_alphabet(start, checked.alphabet)

@@ -255,7 +255,7 @@ def calibrate(recogniser, batches, device, fold=str):
         for batch, logits in logits_of(recogniser, batches, device)
     )
     converter = recogniser.converter
-    fitted = converter.with_temperature(fit_temperature(converter, read, fold))
+    fitted = converter.replaced(temperature=fit_temperature(converter, read, fold))
     return replace(recogniser, converter=fitted)
 
 
@@ -336,7 +336,7 @@ def next_epoch(run, bar, began):
     progress, averaged = run.progress, run.averaged()
     if not progress.rows and run.plan.preset.epochs > 1:
         # While most come out too long or too short, to search them takes as long as the epoch.
-        averaged = replace(averaged, converter=averaged.converter.with_length(None))
+        averaged = replace(averaged, converter=averaged.converter.replaced(length=None))
     test_loss, readings = evaluate(averaged, run.held_out, run.device)
     texts = [reading.text for reading in readings]
     labels = [sample.label for sample in run.plan.held_out]
@@ -459,7 +459,7 @@ def finish(run, world):
         return run.held_out if kept else evaluation_loader(checked, samples, best.converter)
 
     if progress.fall:
-        converter = best.converter.with_temperature(progress.temperature)
+        converter = best.converter.replaced(temperature=progress.temperature)
         looks = replace(best.preprocess, sure=progress.sure)
         best = replace(best, converter=converter, preprocess=looks)
     else:
@@ -490,7 +490,7 @@ def load_test_set(args, weights, val_fraction):
     """
     recogniser = network.load_checkpoint(weights)
     length = settings.text_length(args, recogniser.converter)
-    recogniser = replace(recogniser, converter=recogniser.converter.with_length(length))
+    recogniser = replace(recogniser, converter=recogniser.converter.replaced(length=length))
     settings.draw_missing(args)
     checked = settings.check_data(
         args, ["test"], alphabet=recogniser.converter.alphabet, preprocess=recogniser.preprocess,

@@ -8,7 +8,7 @@ import pytest
 
 from ctc_label_converter import (
     BLANK,
-    NUMBERS,
+    KINDS,
     TEMPERATURES,
     CTCLabelConverter,
     Reading,
@@ -222,19 +222,24 @@ def test_texts_from_right_to_left_come_back_as_they_are_written():
     assert CTCLabelConverter(alphabet).decode(logits)[0].text == "ג12בא"
 
 
-def test_where_numbers_are_expected_they_weigh_more(logits):
+def test_where_usual_kinds_of_text_are_expected_they_weigh_more(logits):
     """By definition: each text's probability times its weight, as a share of all."""
-    expecting = CTCLabelConverter(ALPHABET, expect_numbers=True)
+
+    def weight(text):
+        kinds = [weight for characters, weight in KINDS.items() if set(text) <= set(characters)]
+        return kinds[-1] if text and kinds else 1
+
+    assert [weight(text) for text in ("", "11", "ab", "b", "a1")] == [1, 600, 15, 15, 3]
+    expecting = CTCLabelConverter(ALPHABET, expect_kinds=True)
     usual = CTCLabelConverter(ALPHABET).decode(logits)
-    readings, weight = expecting.decode(logits), NUMBERS["0123456789"]
+    readings = expecting.decode(logits)
     for image, plain, reading in zip(logits, usual, readings, strict=True):
         weighed = {
-            text: probability * (weight if text and set(text) <= {"1"} else 1)
+            text: probability * weight(text)
             for text, probability in texts_by_definition(softmax(image)).items()
         }
         assert weighed[reading.text] >= weighed[plain.text] - 1e-12
-        assert reading.text == plain.text or set(reading.text) == {"1"}
-        # Of the numbers only the best is compared, so its share comes out a little too large.
+        # Of each kind only the best is compared, so its share comes out a little too large.
         assert weighed[reading.text] / sum(weighed.values()) - 1e-9 < reading.confidence <= 1
     changed = sum(a.text != b.text for a, b in zip(usual, readings, strict=True))
     assert 0 < changed < len(usual)
