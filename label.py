@@ -193,9 +193,8 @@ class Labelling:
                 old = (i for i in self.items if i.version < version and not i.problem)
                 wanted = (i for i in old if self.args.check or not self._is_done(i))
                 todo = list(itertools.islice(wanted, CHUNK))
-                if not todo:
+                if not (todo or self.ended):  # which `end` may just have said
                     self.work.wait()
-                    continue
             self._read(todo, reader, version)
 
     def _read(self, items, reader, version):

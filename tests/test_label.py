@@ -6,13 +6,16 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 from helpers import ENVIRONMENT, ROOT, SAMPLES, assert_clear_error, run_script
 from PIL import Image
 
+import label
 from label_file import find_samples
 
 
@@ -268,6 +271,28 @@ def test_what_stands_in_the_way_is_said(images, tmp_path):
         port = address.split(":")[2].split("/")[0]
         taken = run_script("label.py", other, "--no-browser", "--port", port, cwd=tmp_path)
         assert_clear_error(taken, f"--port {port}")
+
+
+def test_it_ends_even_between_the_last_reading_and_the_rest(images, monkeypatch):
+    """The thread that reads must not go to rest when it was told to end a moment before."""
+    monkeypatch.setattr(sys, "argv", ["label.py", str(images), *FLAGS])
+    built = threading.Event()
+
+    def end_when_all_are_read(_):
+        built.wait()
+        if all(item.reading for item in run.items) and not end.ident:
+            end.start()
+            while not run.ended:
+                time.sleep(0.001)
+
+    watched = SimpleNamespace(sleep=end_when_all_are_read, monotonic=time.monotonic)
+    monkeypatch.setattr(label, "time", watched)
+    run = label.Labelling(label.parse_args())
+    end = threading.Thread(target=run.end, daemon=True)
+    built.set()
+    run.readings.join(timeout=30)
+    assert run.ended
+    assert not run.readings.is_alive()
 
 
 def test_the_loop_trains_on_what_is_labelled_and_reads_anew(digits, tmp_path, browser):
