@@ -239,6 +239,7 @@ def test_where_usual_kinds_of_text_are_expected_they_weigh_more(logits):
             for text, probability in texts_by_definition(softmax(image)).items()
         }
         assert weighed[reading.text] >= weighed[plain.text] - 1e-12
+        assert reading.text == plain.text or weight(reading.text) > weight(plain.text)
         # Of each kind only the best is compared, so its share comes out a little too large.
         assert weighed[reading.text] / sum(weighed.values()) - 1e-9 < reading.confidence <= 1
     changed = sum(a.text != b.text for a, b in zip(usual, readings, strict=True))
