@@ -251,6 +251,7 @@ def browser_network(recogniser):
     if recogniser.converter.right_to_left:
         raise ValueError("texts from right to left cannot be read by a page, export to .onnx")
     model, converter = recogniser.model, recogniser.converter
+    kernels = Path(__file__).with_name("assets").joinpath("reader.wasm").read_bytes()
     kind = "<f2" if recogniser.half else "<f4"
     state = {
         name: tensor.cpu().flatten().numpy().astype(kind)
@@ -267,6 +268,7 @@ def browser_network(recogniser):
         "preprocess": asdict(recogniser.preprocess),
         "half": recogniser.half,
         "tensors": [[name, len(numbers)] for name, numbers in state.items()],
+        "kernels": base64.b64encode(kernels).decode(),
         "numbers": base64.b64encode(np.concatenate([*state.values()])).decode(),
     }
 

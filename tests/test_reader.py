@@ -6,6 +6,7 @@ import io
 
 import numpy as np
 import pytest
+import wasmtime
 from helpers import ROOT, SAMPLES, assert_clear_error, dashes, jpeg, png, run_script
 from PIL import Image
 
@@ -75,6 +76,11 @@ def test_the_page_that_ships_is_that_of_the_general_network(tmp_path):
     export_page(SHIPPED_WEIGHTS["general"], tmp_path / "page.html")
     shipped = (ROOT / "assets" / "reader.html").read_bytes()
     assert (tmp_path / "page.html").read_bytes() == shipped
+
+
+def test_the_code_that_the_page_runs_is_what_its_source_says():
+    source = (ROOT / "assets" / "reader.wat").read_text(encoding="utf-8")
+    assert wasmtime.wat2wasm(source) == (ROOT / "assets" / "reader.wasm").read_bytes()
 
 
 def test_people_choose_drop_and_paste_images_and_save_the_readings(browser):
