@@ -37,13 +37,14 @@ class Reading(NamedTuple):
     text: the characters.
     confidence: probability of the whole text, 0 to 1.
     char_confidences: one probability per character, 0 to 1.
-    alternatives: the next best texts of a `Search` and their probabilities.
+    alternatives, rivals: next best texts of a `Search`, of other `KINDS`, with probabilities.
     """
 
     text: str
     confidence: float
     char_confidences: list[float]
     alternatives: tuple[tuple[str, float], ...] = ()
+    rivals: tuple[tuple[str, float], ...] = ()
 
 
 def surest(readings):
@@ -62,14 +63,14 @@ def vote(readings):
         return readings[0]
     mean = defaultdict(float)
     for reading in readings:
-        for text, confidence in (reading[:2], *reading.alternatives):
+        for text, confidence in (reading[:2], *reading.alternatives, *reading.rivals):
             mean[text] += confidence / len(readings)
     text = max((r.text for r in readings), key=lambda text: (text != "", mean[text]))
     best = surest([reading for reading in readings if reading.text == text])
     others = sorted(((p, other) for other, p in mean.items() if other != text), reverse=True)
     count = max(len(reading.alternatives) for reading in readings)
     others = tuple((other, p) for p, other in others[:count])
-    return best._replace(confidence=mean[text], alternatives=others)
+    return best._replace(confidence=mean[text], alternatives=others, rivals=())
 
 
 @dataclass(frozen=True)
@@ -260,8 +261,9 @@ class CTCLabelConverter:
                 found[reading.text] = reading, weight
         # That of all texts together, if those that were not found weigh 1.
         total = 1 + sum((weight - 1) * reading.confidence for reading, weight in found.values())
-        reading, weight = max(found.values(), key=lambda pair: pair[1] * pair[0].confidence)
-        return reading._replace(confidence=weight * reading.confidence / total)
+        shares = {text: weight * r.confidence / total for text, (r, weight) in found.items()}
+        best = max(shares, key=shares.get)
+        return found[best][0]._replace(confidence=shares.pop(best), rivals=tuple(shares.items()))
 
     def _turned(self, readings):
         """`Reading`s in the order in which their texts are written."""

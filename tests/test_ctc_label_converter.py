@@ -259,10 +259,13 @@ def test_several_readings_of_an_image_vote():
     one, two, three = Reading("ab", 0.6, [1, 1]), Reading("c", 0.5, [0.7]), Reading("c", 0.4, [0.9])
     assert vote([one]) is one
     text, confidence, *rest = vote([one, two, three])
-    assert (text, rest) == ("c", [[0.7], ()])
+    assert (text, rest) == ("c", [[0.7], (), ()])
     assert confidence == pytest.approx(0.3)
     two, nothing = two._replace(alternatives=(("ab", 0.2), ("d", 0.1))), Reading("", 1.0, [])
-    [text, confidence, _, others] = vote([one, two, nothing])
+    [text, confidence, _, others, _] = vote([one, two, nothing])
     assert (text, [other for other, _ in others]) == ("ab", ["", "c"])
     assert confidence == pytest.approx(0.8 / 3)
     assert vote([nothing, nothing]).text == ""
+    one, two = Reading("No", 0.6, [1, 1], (), (("NO", 0.3),)), Reading("NO", 0.5, [1, 1])
+    text, confidence, _, others, _ = vote([one, two])
+    assert (text, confidence, others) == ("NO", pytest.approx(0.4), ())
