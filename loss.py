@@ -20,9 +20,9 @@ SAMPLED = 256
 SMOOTHING, SMOOTHING_STEPS = 0.03, 150
 CLIP = 5.0  # largest norm of the gradient
 MUON = 3.4445, -4.7750, 2.0315  # of the polynomial that drives singular values near to 1
-# A training that ends when it is done: share of its epochs without a lower loss, and the
-# fewest steps, before the rate falls; how long the fall is, in the epochs before it.
-PATIENCE, PATIENT_STEPS, FALL = 0.25, 100, 0.4
+# A training that ends when it is done: share of its epochs without a lower loss, and the fewest
+# steps and epochs, before the rate falls; how long the fall is, in the epochs before it.
+PATIENCE, PATIENT_STEPS, PATIENT_EPOCHS, FALL = 0.25, 100, 4, 0.4
 # Nats per image by which a loss must fall to be lower, and share of it. That share is for up to
 # 100 images: the loss of more changes less by chance, with the root of their number.
 LEAST_GAIN, LEAST_SHARE = 0.01, 0.03
@@ -361,7 +361,7 @@ def fall_of(results, most, steps, images):
         waited = 0 if better else waited + 1
         lowest = result.test_loss if better else lowest
     length = max(2, round(FALL * epochs))
-    patient = max(PATIENCE * epochs, PATIENT_STEPS / steps, 2)
+    patient = max(PATIENCE * epochs, PATIENT_STEPS / steps, PATIENT_EPOCHS)
     if waited < patient and lowest >= NOTHING and epochs + length < most:
         return 0
     return min(most - epochs, length)
