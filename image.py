@@ -281,8 +281,8 @@ def _to_8_bits(image):
 
 
 def _moving_mean(values, size):
-    """The mean of ``size`` neighbours around each of (N,) values."""
-    return np.convolve(values, np.ones(size) / size)[(size - 1) // 2 :][: len(values)]
+    """The mean of ``size`` neighbours around each of (N,) integers, rounded once everywhere."""
+    return np.convolve(values, np.ones(size, int))[(size - 1) // 2 :][: len(values)] / size
 
 
 def text_box(image):

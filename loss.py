@@ -341,9 +341,10 @@ def learning_rate(preset, step, steps, fall=None):
 def fall_of(results, most, steps, images):
     """How long the fall of the rate takes with which a training ends that is done.
 
-    The rate falls when the loss of the held-out images has not for a quarter of the epochs, or
-    when next to nothing is left of it, and early enough that it has reached 0 after ``most``
-    epochs (Hu et al., "MiniCPM", arXiv 2404.06395, call that warm-up, stable, decay).
+    The rate falls when the loss of the held-out images has not for a quarter of the epochs, at
+    least PATIENT_EPOCHS and PATIENT_STEPS, or when next to nothing is left of it, and early
+    enough that it has reached 0 after ``most`` epochs (Hu et al., "MiniCPM", arXiv 2404.06395,
+    call that warm-up, stable, decay).
 
     Args:
         results: a `metric.EpochResult` for each epoch.

@@ -244,7 +244,7 @@ def save_checkpoint(path, recogniser):
 
 
 def browser_network(recogniser):
-    """What assets/reader.html reads with: its settings, and its numbers, as `save_checkpoint`.
+    """What assets/reader.html reads with: its settings, the code of reader.wat and its numbers.
 
     Raises ValueError where texts run from right to left: the page cannot turn them.
     """

@@ -83,6 +83,13 @@ def test_the_code_that_the_page_runs_is_what_its_source_says():
     assert wasmtime.wat2wasm(source) == (ROOT / "assets" / "reader.wasm").read_bytes()
 
 
+def test_a_browser_that_is_too_old_is_told_so(browser):
+    page = browser.new_page()
+    page.add_init_script("delete window.WebAssembly")
+    page.goto((ROOT / "assets" / "reader.html").as_uri())
+    assert "needs a browser of 2023 or later" in page.text_content("body")
+
+
 def test_people_choose_drop_and_paste_images_and_save_the_readings(browser):
     page = open_page(browser, ROOT / "assets" / "reader.html")
     sample = next(iter(sorted((SAMPLES / "simple").glob("*.png"))))
