@@ -298,12 +298,17 @@ def machine_memory():
     return min(limits)
 
 
-def keep_freed_memory():
-    """Let glibc keep what is freed, up to 1 GB: the next step needs as much again.
+def settle_memory():
+    """Say what glibc and oneDNN, by which PyTorch convolves on CPUs, keep. Before the first step.
 
-    Given back to the system, it came back as hundreds of page faults a step, an eighth of a
-    step of the smallest network. Other C libraries do not have that call.
+    glibc keeps what is freed, up to 1 GB: the next step needs as much again. Given back to the
+    system, it came back as hundreds of page faults a step, an eighth of a step of the smallest
+    network. Other C libraries do not have that call.
+
+    oneDNN keeps the code and buffers of 128 operations and shapes, more than a network has, not
+    of its 1,024: where images vary in width these take gigabytes, and save no time.
     """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     with suppress(AttributeError, OSError, TypeError):
         allocator = ctypes.CDLL(None).mallopt
         for option, value in (M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 1 << 30):

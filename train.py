@@ -47,10 +47,10 @@ from collatefn import (
     evaluation_loader,
     from_first,
     gather,
-    keep_freed_memory,
     lost_process,
     processes,
     random_shift,
+    settle_memory,
     start_processes,
     training_loader,
 )
@@ -530,7 +530,7 @@ def calibrate_weights(args, device):
 
 def main():
     args = settings.parse_args(__doc__)
-    keep_freed_memory()
+    settle_memory()
     device = start_processes(args.device)
     if args.evaluate:
         return evaluate_weights(args, device)
