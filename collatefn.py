@@ -305,8 +305,8 @@ def settle_memory():
     system, it came back as hundreds of page faults a step, an eighth of a step of the smallest
     network. Other C libraries do not have that call.
 
-    oneDNN keeps the code and buffers of 128 operations and shapes, more than a network has, not
-    of its 1,024: where images vary in width these take gigabytes, and save no time.
+    oneDNN keeps the code and buffers of the last 128 operations and shapes, of which a step has
+    20, not of 1,024: where images vary in width those take gigabytes, and save no time.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     with suppress(AttributeError, OSError, TypeError):
