@@ -116,11 +116,12 @@ def own_preset(checked, start=None):
     # Looks are for many fonts: where there is one, they blur what tells 0 from O.
     small_set = "looks" if hard else "affine"
     if start:
-        # At a high rate few images are done sooner and read worse.
+        # A high rate unlearns what is known of other fonts, of which few images show too little;
+        # many are learnt by heart at a low one.
+        lr = min(0.01, max(0.0015 if hard else 0.003, images / 450_000))
         return Preset(
-            size, start.model.nh, start.model.depth, epochs, lr=0.003 if images < 2000 else 0.01,
-            averaging=averaging, augment=small_set, muon=2, batch_size=32, amp=True,
-            until_done=True, warm_up=20,
+            size, start.model.nh, start.model.depth, epochs, lr, averaging=averaging,
+            augment=small_set, muon=2, batch_size=32, amp=True, until_done=True, warm_up=20,
         )  # fmt: skip
     return Preset(
         size,
