@@ -57,7 +57,7 @@ from collatefn import (
 from ctc_label_converter import fit_temperature, vote
 from dataset import DataOptions, case_folding, data_sheet
 from image import SURE, other_looks, save_picture
-from infer_tool import latest_weights, written_weights
+from infer_tool import RecInfer, latest_weights, written_weights
 from keys import command
 from loss import (
     CTCLoss,
@@ -481,40 +481,39 @@ def finish(run, world):
     print(f"test images: {metric.summary(texts, labels)}")
 
 
-def load_test_set(args, weights, val_fraction):
-    """Weights and the test images to read with them.
+def load_test_set(args, converter, preprocess, val_fraction):
+    """The `dataset.Checked` of the test images, and what is done to texts before they compare.
 
-    Returns:
-        (`model.Recogniser`, `dataset.Checked`, batches, what to do to a text before it is
-        compared with its label).
+    Args:
+        converter, preprocess: of the weights that read them.
     """
-    recogniser = network.load_checkpoint(weights)
-    length = settings.text_length(args, recogniser.converter)
-    recogniser = replace(recogniser, converter=recogniser.converter.replaced(length=length))
     settings.draw_missing(args)
     checked = settings.check_data(
-        args, ["test"], alphabet=recogniser.converter.alphabet, preprocess=recogniser.preprocess,
-        length=length, val_fraction=val_fraction,
+        args, ["test"], alphabet=converter.alphabet, preprocess=preprocess,
+        length=converter.length, val_fraction=val_fraction,
     )  # fmt: skip
     print(checked.notes[0])
-    fold = case_folding(recogniser.converter.alphabet) if args.ignore_case else str
-    batches = evaluation_loader(checked, checked.test, recogniser.converter)
-    return recogniser, checked, batches, fold
+    return checked, case_folding(converter.alphabet) if args.ignore_case else str
 
 
 def evaluate_weights(args, device):
-    """Print how well the weights read the test images, all images where there is no test set."""
+    """Print how well the weights read the test images, all images where there is no test set.
+
+    They are read as `RecInfer` reads any image: for some weights whole and cut to their text.
+    """
     weights = args.weights or latest_weights(args.task, "simple")
     print(f"evaluating {weights}")
-    recogniser, checked, batches, fold = load_test_set(args, weights, val_fraction=1)
-    _, readings = evaluate(recogniser, batches, device)
-    readings = look_again(recogniser, checked, checked.test, readings, device)
-    readings = [reading._replace(text=fold(reading.text)) for reading in readings]
-    labels = [sample.label for sample in checked.test]
-    texts = [reading.text for reading in readings]
+    reader = RecInfer(weights, str(device))
+    length = settings.text_length(args, reader.converter)
+    reader.converter = reader.converter.replaced(length=length)
+    checked, fold = load_test_set(args, reader.converter, reader.preprocess, val_fraction=1)
+    paths = [sample.path for sample in checked.test]
+    found = tqdm(reader.stream(paths), "reading", len(paths), unit="img")
+    readings = [reading._replace(text=fold(reading.text)) for _, reading in found]
     metric.show_mistakes(checked.test, readings, args.mistakes)
-    metric.print_calibration(readings, labels, recogniser.converter.temperature)
-    print(metric.summary(texts, labels))
+    labels = [sample.label for sample in checked.test]
+    metric.print_calibration(readings, labels, reader.converter.temperature)
+    print(metric.summary([reading.text for reading in readings], labels))
 
 
 def calibrate_weights(args, device):
@@ -522,10 +521,11 @@ def calibrate_weights(args, device):
     weights = args.weights or written_weights(args.task)
     if not weights:
         raise ValueError("--calibrate: there are no weights of a training, name them: --weights")
-    recogniser, _, batches, fold = load_test_set(args, weights, DataOptions.val_fraction)
-    recogniser = calibrate(recogniser, batches, device, fold)
-    network.save_checkpoint(weights, recogniser)
-    print(f"{weights}: the temperature is now {recogniser.converter.temperature}")
+    old = network.load_checkpoint(weights)
+    checked, fold = load_test_set(args, old.converter, old.preprocess, DataOptions.val_fraction)
+    new = calibrate(old, evaluation_loader(checked, checked.test, old.converter), device, fold)
+    network.save_checkpoint(weights, new)
+    print(f"{weights}: the temperature is now {new.converter.temperature}")
 
 
 def main():

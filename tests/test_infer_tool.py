@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -364,3 +365,24 @@ def test_evaluation_and_training_look_as_a_reader_does(sure, readers, tmp_path):
     plan = SimpleNamespace(held_out=checked.test, checked=checked._replace(test=[]))
     chosen = train.choose_looks(recogniser, plan, batches, torch.device("cpu"))
     assert chosen.preprocess.sure == sure
+
+
+def test_evaluation_reads_text_alone_in_a_wide_picture_as_a_reader_does(tmp_path):
+    """Whole and cut to its text, and it believes what it is surer of."""
+    network, lines = SHIPPED_WEIGHTS["general"], []
+    for path in SIMPLE[:8]:
+        image = Image.open(path).convert("RGB")
+        wide = Image.new("RGB", (5 * image.width, 3 * image.height), image.getpixel((0, 0)))
+        wide.paste(image, (image.width, image.height))
+        wide.save(tmp_path / path.name)
+        lines.append(f"{path.name}\t{RecInfer(network).predict(tmp_path / path.name).text}\n")
+    (tmp_path / "read.txt").write_text("".join(lines), encoding="utf-8")
+    whole = load_checkpoint(network)
+    whole = replace(whole, preprocess=replace(whole.preprocess, trim=False))
+    save_checkpoint(tmp_path / "whole.pth", whole)
+    accuracies = []
+    for weights in network, tmp_path / "whole.pth":
+        flags = ["--data", tmp_path / "read.txt", "--weights", weights, "--skip-bad"]
+        process = run_script("train.py", "--evaluate", *flags, cwd=tmp_path)
+        accuracies.append(re.search(r"word accuracy (\S+)", process.stdout)[1])
+    assert accuracies[0] == "1.0000" > accuracies[1]
