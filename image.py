@@ -402,7 +402,7 @@ def look_at(source, find_text=True, preprocess=None):
     return Look(image.size, text_size, lines, image.info.get(MORE, False), digest, pixels)
 
 
-def fitting_preprocess(sizes, text_sizes, needed, height=None, width=None, trim=None):
+def fitting_preprocess(sizes, text_sizes, needed, height=None, width=None, trim=None, uncut=None):
     """The `Preprocess` that suits some images and their labels.
 
     Images are cut to their text where that leaves less than half of them in the median,
@@ -414,6 +414,7 @@ def fitting_preprocess(sizes, text_sizes, needed, height=None, width=None, trim=
         sizes, text_sizes: (width, height) in pixels of each image and of its text box.
         needed: columns that each label needs.
         height, width, trim: of the `Preprocess`, None for what suits.
+        uncut: the height of images that are not cut, None for what suits.
     """
     if not sizes:
         return Preprocess(height or 32, width, bool(trim))
@@ -426,7 +427,7 @@ def fitting_preprocess(sizes, text_sizes, needed, height=None, width=None, trim=
         sizes = text_sizes
     if not height:
         detailed = np.median([h for _, h in sizes]) > 50
-        height = 40 if trim else 48 if detailed else 32
+        height = 40 if trim else uncut or (48 if detailed else 32)
     if width:
         return Preprocess(height, width, trim)
     columns = [max(1, round(w * height / h / PATCH)) for w, h in sizes]

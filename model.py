@@ -337,28 +337,32 @@ def load_state(path, settings):
     return state
 
 
-def with_alphabet(recogniser, alphabet):
-    """The network of a `Recogniser` for another alphabet.
+def fitted(recogniser, alphabet, height):
+    """The network of a `Recogniser` for another alphabet and height of images.
 
     All is kept but the last layer's rows of characters that it does not know. Those begin as
     the mean of the others: no column is taken for them yet, and none is out of their reach.
+    What the last layer says of a row of features is shared by those that are at its height.
 
     Returns:
         (MicroNet, number of characters that are known).
     """
     old = recogniser.model
-    model = MicroNet(old.nh, old.depth, len(alphabet) + 1, old.img_height)
+    model = MicroNet(old.nh, old.depth, len(alphabet) + 1, height)
     class_of = {character: i for i, character in enumerate(recogniser.converter.alphabet, 1)}
     kept = [BLANK, *(i for i, c in enumerate(alphabet, 1) if c in class_of)]
-    rows = [BLANK, *(class_of[c] for c in alphabet if c in class_of)]
+    classes = [BLANK, *(class_of[c] for c in alphabet if c in class_of)]
     state = old.state_dict()
+    weight = state["linear.weight"].unflatten(1, (old.nh, -1))  # (nclass, nh, rows)
+    weight = F.interpolate(weight, height // PATCH, mode="linear") * (old.img_height / height)
+    state["linear.weight"] = weight.flatten(1)
     for name in ("linear.weight", "linear.bias"):
         own = model.state_dict()[name].clone()
         own[:] = state[name][1:].mean(0)
-        own[kept] = state[name][rows]
+        own[kept] = state[name][classes]
         state[name] = own
     model.load_state_dict(state)
-    return model, len(rows) - 1
+    return model, len(classes) - 1
 
 
 def supported_by(capability, built_for):

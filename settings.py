@@ -30,7 +30,7 @@ from image import PATCH, SURE, Preprocess
 from infer_tool import SAVE_FOLDER, SHIPPED_WEIGHTS
 from keys import check_alphabet, is_right_to_left, load_alphabet
 from label_file import SPLITS
-from model import MicroNet, Recogniser, fast_bfloat16, load_checkpoint, with_alphabet
+from model import MicroNet, Recogniser, fast_bfloat16, fitted, load_checkpoint
 
 # Share of the training images that choose the epoch and the temperature, and their most.
 HELD_OUT, MOST_HELD_OUT = 0.1, 1000
@@ -457,11 +457,9 @@ def prepare(args, start, device):
         alphabet = start.converter.alphabet
     elif args.alphabet or args.task:
         alphabet = load_alphabet(args.alphabet or gen_image.TASKS[args.task].alphabet)
-    if general:  # which has read all kinds of images, cut or whole
-        args.height = start.preprocess.height
-    elif start:
+    if start and not general:  # which has read all kinds of images, cut or whole
         preprocess = start.preprocess
-    elif args.task:
+    elif args.task and not start:
         size = PRESETS[args.task].preprocess
         preprocess = replace(
             size,
@@ -470,7 +468,9 @@ def prepare(args, start, device):
             trim=size.trim if args.trim is None else args.trim,
         )
     length = text_length(args, start.converter if known else None)
-    checked = check_data(args, alphabet=alphabet, preprocess=preprocess, length=length)
+    # More rows than it has seen pay for cut images, for others only where there are many.
+    uncut = start.preprocess.height if general else None
+    checked = check_data(args, alphabet=alphabet, preprocess=preprocess, length=length, uncut=uncut)
     check_alphabet(checked.alphabet)
 
     preset = PRESETS[args.task] if args.task else own_preset(checked, start)
@@ -512,7 +512,7 @@ def starting_point(args):
     """
     if args.weights == Path("none"):
         args.weights = None
-    elif not (args.weights or args.task or args.nh or args.depth or args.height or args.width):
+    elif not (args.weights or args.task or args.nh or args.depth or args.width):
         args.weights, args.fine_tune = SHIPPED_WEIGHTS["general"], True
     return load_checkpoint(args.weights) if args.weights else None
 
@@ -536,7 +536,7 @@ def first_recogniser(args, plan, start):
         expect_kinds=preset.expect_kinds,
     )
     if start:
-        network, known = with_alphabet(start, checked.alphabet)
+        network, known = fitted(start, checked.alphabet, preset.preprocess.height)
         print(f"{known} of {len(checked.alphabet)} characters are known to {args.weights}")
     else:
         height = preset.preprocess.height

@@ -77,6 +77,8 @@ def test_the_size_fits_the_labels():
     assert fitting((430, 80), "abcd", width=128) == Preprocess(48, 128)
     assert fitting((430, 80), "abcd", height=64) == Preprocess(64, None)
     assert fitting((430, 80), "abcd", text=(200, 60)) == Preprocess(40, None, True)
+    assert fitting((430, 80), "abcd", text=(200, 60), uncut=32) == Preprocess(40, None, True)
+    assert fitting((430, 80), "abcd", uncut=32) == Preprocess(32, None)
     assert fitting((430, 80), "abcd", text=(400, 60)) == Preprocess(48, None)
     assert fitting((430, 80), "abcd", text=(200, 60), trim=False) == Preprocess(48, None)
     wide = fitting((40, 60), "12345678")

@@ -112,14 +112,14 @@ def test_images_of_much_background_are_cut_to_their_text(digits, tmp_path):
 
 
 def test_a_few_images_are_enough_for_the_general_network(digits, tmp_path):
-    read = {}
-    for name, flags in (("general", []), ("none", ["--weights", "none"])):
+    read, starts = {}, {"general": [], "higher": ["--height", 40], "none": ["--weights", "none"]}
+    for name, flags in starts.items():
         flags = ["--train", 60, "--epochs", 12, "--out", name, *flags]
         process = run_script("train.py", "--data", digits, *flags, cwd=tmp_path)
         read[name] = float(re.search(FINAL, process.stdout.splitlines()[-1])[1])
         known = f"10 of 10 characters are known to {SHIPPED_WEIGHTS['general']}"
-        assert (known in process.stdout) == (name == "general")
-    assert read["general"] > max(0.8, read["none"] + 0.3)
+        assert (known in process.stdout) == (name != "none")
+    assert min(read["general"], read["higher"]) > max(0.8, read["none"] + 0.3)
 
 
 # As train.py, but with a loss that never falls by enough: the training is done at once.
