@@ -318,8 +318,8 @@ def parse_args(description):
         raise ValueError(f"--length {args.length}: must be at least 1, or 0 for any")
     if args.fine_tune and not args.weights:
         raise ValueError("--fine-tune: needs the --weights to start from")
-    given = ["width", "height", "trim", "nh", "depth"]
-    given += [] if args.fine_tune else ["alphabet"]
+    given = ["width", "trim", "nh", "depth"]
+    given += [] if args.fine_tune else ["alphabet", "height"]
     given += ["length"] if args.calibrate else []
     for flag in given:
         if (args.weights or args.evaluate or args.calibrate) and getattr(args, flag) is not None:
@@ -458,7 +458,8 @@ def prepare(args, start, device):
     elif args.alphabet or args.task:
         alphabet = load_alphabet(args.alphabet or gen_image.TASKS[args.task].alphabet)
     if start and not general:  # which has read all kinds of images, cut or whole
-        preprocess = start.preprocess
+        height = args.height or start.preprocess.height
+        preprocess = replace(start.preprocess, height=height)
     elif args.task and not start:
         size = PRESETS[args.task].preprocess
         preprocess = replace(
