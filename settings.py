@@ -469,7 +469,7 @@ def prepare(args, start, device):
             trim=size.trim if args.trim is None else args.trim,
         )
     length = text_length(args, start.converter if known else None)
-    # More rows than it has seen pay for cut images, for others only where there are many.
+    # More rows than it has seen pay for images that are cut to their text, not for others.
     uncut = start.preprocess.height if general else None
     checked = check_data(args, alphabet=alphabet, preprocess=preprocess, length=length, uncut=uncut)
     check_alphabet(checked.alphabet)

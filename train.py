@@ -497,10 +497,7 @@ def load_test_set(args, converter, preprocess, val_fraction):
 
 
 def evaluate_weights(args, device):
-    """Print how well the weights read the test images, all images where there is no test set.
-
-    They are read as `RecInfer` reads any image: for some weights whole and cut to their text.
-    """
+    """Print how well `RecInfer` reads the test images, all images where there is no test set."""
     weights = args.weights or latest_weights(args.task, "simple")
     print(f"evaluating {weights}")
     reader = RecInfer(weights, str(device))
@@ -508,8 +505,11 @@ def evaluate_weights(args, device):
     reader.converter = reader.converter.replaced(length=length)
     checked, fold = load_test_set(args, reader.converter, reader.preprocess, val_fraction=1)
     paths = [sample.path for sample in checked.test]
-    found = tqdm(reader.stream(paths), "reading", len(paths), unit="img")
-    readings = [reading._replace(text=fold(reading.text)) for _, reading in found]
+    readings = []
+    for _, reading in tqdm(reader.stream(paths), "reading", len(paths), unit="img"):
+        if isinstance(reading, ValueError):
+            raise reading
+        readings.append(reading._replace(text=fold(reading.text)))
     metric.show_mistakes(checked.test, readings, args.mistakes)
     labels = [sample.label for sample in checked.test]
     metric.print_calibration(readings, labels, reader.converter.temperature)
