@@ -457,11 +457,8 @@ def prepare(args, start, device):
         alphabet = start.converter.alphabet
     elif args.alphabet or args.task:
         alphabet = load_alphabet(args.alphabet or gen_image.TASKS[args.task].alphabet)
-    if start and not general:  # which has read all kinds of images, cut or whole
-        height = args.height or start.preprocess.height
-        preprocess = replace(start.preprocess, height=height)
-    elif args.task and not start:
-        size = PRESETS[args.task].preprocess
+    if not general and (start or args.task):  # the general one has read images cut and whole
+        size = start.preprocess if start else PRESETS[args.task].preprocess
         preprocess = replace(
             size,
             height=args.height or size.height,

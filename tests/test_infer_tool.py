@@ -370,12 +370,13 @@ def test_evaluation_and_training_look_as_a_reader_does(sure, readers, tmp_path):
 def test_evaluation_reads_text_alone_in_a_wide_picture_as_a_reader_does(tmp_path):
     """Whole and cut to its text, and it believes what it is surer of."""
     network, lines = SHIPPED_WEIGHTS["general"], []
+    general = RecInfer(network)
     for path in SIMPLE[:8]:
         image = Image.open(path).convert("RGB")
         wide = Image.new("RGB", (5 * image.width, 3 * image.height), image.getpixel((0, 0)))
         wide.paste(image, (image.width, image.height))
         wide.save(tmp_path / path.name)
-        lines.append(f"{path.name}\t{RecInfer(network).predict(tmp_path / path.name).text}\n")
+        lines.append(f"{path.name}\t{general.predict(tmp_path / path.name).text}\n")
     (tmp_path / "read.txt").write_text("".join(lines), encoding="utf-8")
     whole = load_checkpoint(network)
     whole = replace(whole, preprocess=replace(whole.preprocess, trim=False))
