@@ -21,8 +21,8 @@ SMOOTHING, SMOOTHING_STEPS = 0.03, 150
 CLIP = 5.0  # largest norm of the gradient
 MUON = 3.4445, -4.7750, 2.0315  # of the polynomial that drives singular values near to 1
 # A training that ends when it is done: share of its epochs without a lower loss, and the fewest
-# steps and epochs, before the rate falls; how long the fall is, in the epochs before it.
-PATIENCE, PATIENT_STEPS, PATIENT_EPOCHS, FALL = 0.25, 100, 4, 0.4
+# steps and epochs, before the rate falls; the fewest epochs of the fall.
+PATIENCE, PATIENT_STEPS, PATIENT_EPOCHS, LEAST_FALL = 0.25, 100, 4, 4
 # Nats per image by which a loss must fall to be lower, and share of it. That share is for up to
 # 100 images: the loss of more changes less by chance, with the root of their number.
 LEAST_GAIN, LEAST_SHARE = 0.01, 0.03
@@ -338,17 +338,17 @@ def learning_rate(preset, step, steps, fall=None):
     return preset.lr * (0.5 * (1 + math.cos(math.pi * progress))) ** preset.power
 
 
-def fall_of(results, most, steps, images):
+def fall_of(results, preset, steps, images):
     """How long the fall of the rate takes with which a training ends that is done.
 
     The rate falls when the loss of the held-out images has not for a quarter of the epochs, at
     least PATIENT_EPOCHS and PATIENT_STEPS, or when next to nothing is left of it, and early
-    enough that it has reached 0 after ``most`` epochs (Hu et al., "MiniCPM", arXiv 2404.06395,
+    enough that it has reached 0 after the most epochs (Hu et al., "MiniCPM", arXiv 2404.06395,
     call that warm-up, stable, decay).
 
     Args:
         results: a `metric.EpochResult` for each epoch.
-        most: epochs.
+        preset: a `Preset`, whose ``fall`` says how long, and ``epochs`` how many at most.
         steps: of an epoch.
         images: that are held out.
 
@@ -361,7 +361,7 @@ def fall_of(results, most, steps, images):
         better = result.test_loss < min(lowest - LEAST_GAIN, lowest * (1 - share))
         waited = 0 if better else waited + 1
         lowest = result.test_loss if better else lowest
-    length = max(2, round(FALL * epochs))
+    most, length = preset.epochs, max(LEAST_FALL, round(preset.fall * epochs))
     patient = max(PATIENCE * epochs, PATIENT_STEPS / steps, PATIENT_EPOCHS)
     if waited < patient and lowest >= NOTHING and epochs + length < most:
         return 0

@@ -58,6 +58,7 @@ class Preset:
         expect_kinds: see `ctc_label_converter.CTCLabelConverter`.
         until_done: end when the loss of held-out images falls no more, see `fall_of`,
             after ``epochs`` at the latest; else after all of them.
+        fall: how long the rate falls then, in the epochs before that.
     """
 
     preprocess: Preprocess
@@ -76,6 +77,7 @@ class Preset:
     length: int | None = None
     expect_kinds: bool = False
     until_done: bool = False
+    fall: float = 0.4
 
 
 PRESETS = {  # of the tasks in gen_image.py
@@ -119,9 +121,12 @@ def own_preset(checked, start=None):
         # A high rate unlearns what is known of other fonts, of which few images show too little;
         # many are learnt by heart at a low one.
         lr = min(0.01, max(0.0015 if hard else 0.003, images / 450_000))
+        # What thousands of images in many fonts have to teach takes longer to settle.
+        fall = min(2, max(0.4, images / 2000)) if hard else 0.4
         return Preset(
             size, start.model.nh, start.model.depth, epochs, lr, averaging=averaging,
-            augment=small_set, muon=2, batch_size=32, amp=True, until_done=True, warm_up=20,
+            augment=small_set, muon=2, batch_size=32, amp=True, until_done=True, fall=fall,
+            warm_up=20,
         )  # fmt: skip
     return Preset(
         size,

@@ -347,7 +347,7 @@ def next_epoch(run, bar, began):
     progress.rows.append(row)
     preset = run.plan.preset
     if preset.until_done and not progress.fall:
-        epochs = fall_of(progress.rows, preset.epochs, len(run.train_batches), len(labels))
+        epochs = fall_of(progress.rows, preset, len(run.train_batches), len(labels))
         if epochs:
             begin_fall(run, epochs)
     # Last, for reading images draws from the generators too.

@@ -310,10 +310,10 @@ def test_learning_rate_rises_then_falls():
 
 
 def test_the_rate_is_level_until_the_loss_falls_no_more():
-    preset = replace(PRESETS["simple"], lr=0.5, until_done=True)
+    preset = replace(PRESETS["simple"], lr=0.5, epochs=100, until_done=True)
     losses = [20 * 0.9**epoch for epoch in range(40)] + [20 * 0.9**40] * 60
     rows = [EpochResult(i, 0, loss, 0, 0, 0, 0) for i, loss in enumerate(losses, 1)]
-    falls = [fall_of(rows[:n], 100, 30, 100) for n in range(1, 101)]
+    falls = [fall_of(rows[:n], preset, 30, 100) for n in range(1, 101)]
     begun = next(n for n, fall in enumerate(falls, 1) if fall)
     assert 45 < begun < 60  # some epochs after the last that was better
     first, last = 30 * begun, 30 * (begun + falls[begun - 1])
@@ -322,7 +322,7 @@ def test_the_rate_is_level_until_the_loss_falls_no_more():
     assert set(rates[100:first]) == {0.5}
     assert rates[first:] == sorted(rates[first:], reverse=True)
     assert rates[-1] < 0.01
-    assert fall_of(rows[:35], 40, 30, 100) == 5  # no end in sight, but no more epochs either
+    assert fall_of(rows[:35], replace(preset, epochs=40), 30, 100) == 5  # no more epochs
 
 
 @pytest.fixture(scope="module")
