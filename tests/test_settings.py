@@ -11,6 +11,14 @@ import pytest
 import torch
 from helpers import ENVIRONMENT, ROOT, assert_clear_error, load, run_each
 
+from dataset import Checked
+from image import Preprocess
+from infer_tool import SHIPPED_WEIGHTS
+from loss import fall_of
+from metric import EpochResult
+from model import load_checkpoint
+from settings import own_preset
+
 NAME = "digits_nh16_depth2"
 TOGETHER = ["--nh", 16, "--depth", 2, "--epochs", 8, "--batch-size", 32, "--device", "cpu"]
 needs_torchrun = pytest.mark.skipif(
@@ -56,6 +64,24 @@ def test_bad_input(digits, trained, tmp_path):
     for process, (_, fragments) in zip(processes, cases, strict=True):
         assert_clear_error(process, *fragments)
     assert not (tmp_path / "save_model" / f"{NAME}.pth").exists()
+
+
+def test_more_images_that_are_cut_end_in_a_longer_fall():
+    start = load_checkpoint(SHIPPED_WEIGHTS["general"])
+
+    def preset(images, trim):
+        size = Preprocess(40 if trim else 32, trim=trim)
+        return own_preset(Checked([None] * images, [], {}, "ab", size, [], [], {}), start)
+
+    counts = [50, 500, 4500, 50000]
+    cut, whole = ([preset(n, trim) for n in counts] for trim in (True, False))
+    assert len({p.fall for p in [*whole, *cut[:2]]}) == 1
+    assert whole[0].fall < preset(1500, True).fall < cut[2].fall == cut[3].fall
+    for p in cut:  # even while the loss still falls, the rate has reached 0 by the last epoch
+        rows = [EpochResult(n, 0, 1e6 * 0.96**n, 0, 0, 0, 0) for n in range(1, p.epochs)]
+        begun = next(n for n in range(1, p.epochs) if fall_of(rows[:n], p, 100, 100))
+        assert p.epochs // 4 < begun
+        assert begun + fall_of(rows[:begun], p, 100, 100) == p.epochs
 
 
 def torchrun(digits, folder, *flags):
