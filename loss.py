@@ -343,8 +343,8 @@ def fall_of(results, preset, steps, images):
 
     The rate falls when the loss of the held-out images has not for a quarter of the epochs, at
     least PATIENT_EPOCHS and PATIENT_STEPS, or when next to nothing is left of it, and early
-    enough that it has reached 0 after the most epochs (Hu et al., "MiniCPM", arXiv 2404.06395,
-    call that warm-up, stable, decay).
+    enough that it has reached 0 after the preset's epochs (Hu et al., "MiniCPM", arXiv
+    2404.06395, call that warm-up, stable, decay).
 
     Args:
         results: a `metric.EpochResult` for each epoch.
@@ -361,11 +361,12 @@ def fall_of(results, preset, steps, images):
         better = result.test_loss < min(lowest - LEAST_GAIN, lowest * (1 - share))
         waited = 0 if better else waited + 1
         lowest = result.test_loss if better else lowest
-    most, length = preset.epochs, max(LEAST_FALL, round(preset.fall * epochs))
+    left = preset.epochs - epochs
+    length = max(LEAST_FALL, round(preset.fall * epochs))
     patient = max(PATIENCE * epochs, PATIENT_STEPS / steps, PATIENT_EPOCHS)
-    if waited < patient and lowest >= NOTHING and epochs + length < most:
+    if waited < patient and lowest >= NOTHING and length < left:
         return 0
-    return min(most - epochs, length)
+    return min(left, length)
 
 
 def take_step(optimizer, scaler, loss):

@@ -122,7 +122,7 @@ def own_preset(checked, start=None):
         # many are learnt by heart at a low one.
         lr = min(0.01, max(0.0015 if hard else 0.003, images / 450_000))
         # What thousands of images in many fonts have to teach takes longer to settle.
-        fall = min(2, max(0.4, images / 2000)) if hard else 0.4
+        fall = min(2, max(Preset.fall, images / 2000)) if hard else Preset.fall
         return Preset(
             size, start.model.nh, start.model.depth, epochs, lr, averaging=averaging,
             augment=small_set, muon=2, batch_size=32, amp=True, until_done=True, fall=fall,
