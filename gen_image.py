@@ -172,9 +172,8 @@ class LineText:
                 text = text[: self.high].strip()
             if text and len(text) >= self.low and self.allowed.issuperset(text):
                 return text
-        return "".join(
-            rng.choices([c for c in can if c != " "], k=rng.randint(self.low, self.high))
-        )
+        can = [c for c in can if c != " "]
+        return "".join(rng.choices(can, k=rng.randint(self.low, self.high)))
 
 
 class PlainCaptcha(ImageCaptcha):
@@ -312,6 +311,7 @@ def find_families(folder, workers):
 def draw_lines(folder, split, indices, args):
     """Draw images of the general task. Arguments and result as of `draw_images`."""
     rng, labels = random.Random(), []
+    captcha.image.secrets = SeededSecrets(rng)  # see `make_captcha`
     text = LineText(rng, *args.length, args.alphabet)
     drawer = LineImage(args.families[split], text, rng)
     for index in indices:

@@ -48,6 +48,13 @@ ALPHABETS = {
 }
 
 
+def strokes_of(kind):
+    """{character: the ways to draw it} of a kind in assets/strokes.txt."""
+    text = (Path(__file__).parent / "assets" / "strokes.txt").read_text(encoding="utf-8")
+    lines = [line.split(" ", 2) for line in text.splitlines()]
+    return {c: [way for *of, way in lines if of == [own, c]] for own, c, _ in lines if own == kind}
+
+
 NOT_UTF8 = "is not UTF-8, save the label file as UTF-8"
 SEPARATORS = "_-.#@~ "  # what may stand between a label and the rest of a file name
 # Seen by nobody; the joiners of Arabic and Indian scripts count only at an edge.
@@ -474,13 +481,20 @@ def open_font(path, size=SIZE):
     return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
 
 
+def glyph_mask(font, text, bold=0):
+    """An "L" image of what an `ImageFont` draws, ``bold`` pixels bolder; (2, 2) for nothing."""
+    mask = font.getmask(text, stroke_width=bold)
+    return (
+        Image.frombytes("L", mask.size, bytes(mask)) if all(mask.size) else Image.new("L", (2, 2))
+    )
+
+
 def _shape(font, character, slant=0):
     """(24, 24) float, the glyph stretched to a square, its mean 0. ValueError of an empty one."""
-    mask = font.getmask(character)
-    glyph = Image.frombytes("L", mask.size, bytes(mask))
+    glyph = glyph_mask(font, character)
     if slant:
-        how = (1, slant, -slant * mask.size[1], 0, 1, 0)
-        size = mask.size[0] + math.ceil(slant * mask.size[1]), mask.size[1]
+        how = (1, slant, -slant * glyph.height, 0, 1, 0)
+        size = glyph.width + math.ceil(slant * glyph.height), glyph.height
         glyph = glyph.transform(size, Image.Transform.AFFINE, how, Image.Resampling.BILINEAR)
     box = glyph.getbbox()
     if not box:

@@ -12,15 +12,15 @@ import io
 import math
 import string
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from captcha.image import ImageCaptcha
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from ctc_label_converter import columns_needed
 from image import PATCH, Preprocess
-from keys import ALPHABETS, SIZE, open_font
+from keys import ALPHABETS, SIZE, glyph_mask, open_font, strokes_of
 
 
 class Strokes(NamedTuple):
@@ -44,7 +44,7 @@ class Look(NamedTuple):
 
 CAPTCHA = Look((18, 61), 0.6, (15, 30, 50, 100), 0.5, (0.85, 9), 0.4, 0.01)
 DISPLAY = Look(binarised=0.4)
-KINDS = {"captcha": 25, "display": 6, "amount": 6, "line": 63}  # in a hundred images
+KINDS = {"captcha": 32, "display": 6, "amount": 6, "line": 56}  # in a hundred images
 
 
 class Canvas:
@@ -73,13 +73,6 @@ class Canvas:
     def strokes(self):
         """What was drawn, as `Strokes`."""
         return Strokes(np.asarray(self.cover), np.asarray(self.owner))
-
-
-def _read_strokes(kind):
-    """{character: the ways to draw it} of a kind in assets/strokes.txt."""
-    text = (Path(__file__).parent / "assets" / "strokes.txt").read_text(encoding="utf-8")
-    lines = [line.split(" ", 2) for line in text.splitlines()]
-    return {c: [way for *of, way in lines if of == [own, c]] for own, c, _ in lines if own == kind}
 
 
 def strokes_of_line(text, font, rng):
@@ -111,10 +104,9 @@ def strokes_of_line(text, font, rng):
 def _dots(text, font, rng):
     """A line as a dot matrix prints or shows it, None where its glyphs are too fine."""
     small = open_font(font.path, rng.randint(9, 14))
-    mask = small.getmask(text)
-    if not all(mask.size):
+    grid = np.asarray(glyph_mask(small, text)) > 100
+    if not grid.any():
         return None
-    grid = np.asarray(Image.frombytes("L", mask.size, bytes(mask))) > 100
     step = max(2, round(SIZE * 0.8 / grid.shape[0]))
     dot = np.zeros((step, step), np.uint8)
     if rng.random() < 0.5:
@@ -127,9 +119,9 @@ def _dots(text, font, rng):
     return Image.fromarray(np.pad(np.kron(grid.astype(np.uint8), dot), SIZE // 6))
 
 
-LIT = _read_strokes("lit")  # of seven segments, named from the top clockwise, then the middle one
+LIT = strokes_of("lit")  # of seven segments, named from the top clockwise, then the middle one
 # Of a segment, left, top, right and bottom, in units of the width and half the height.
-ENDS = {segment: list(map(int, ends)) for segment, [ends] in _read_strokes("ends").items()}
+ENDS = {segment: list(map(int, ends)) for segment, [ends] in strokes_of("ends").items()}
 
 
 def strokes_of_segments(text, rng):
@@ -155,7 +147,7 @@ def strokes_of_segments(text, rng):
     return canvas.strokes()
 
 
-HAND = _read_strokes("hand")  # points of strokes, x from 0 to 6, y from 0 to 9 downwards
+HAND = strokes_of("hand")  # points of strokes, x from 0 to 6, y from 0 to 9 downwards
 
 
 def _curve(points, fine=6):
@@ -216,16 +208,6 @@ def _fill_up(canvas, place, unit, thick, rng):
         canvas.pen.line(ends, 255, round(thick))
 
 
-def _glyph(character, font, bold):
-    """(mask as an "L" image, how far its top is from the baseline, in pixels downwards)."""
-    face = open_font(font.path)
-    mask = face.getmask(character, stroke_width=bold)
-    if not all(mask.size):  # a space
-        return Image.new("L", (2, 2)), 0
-    top = face.getbbox(character, anchor="ls", stroke_width=bold)[1]
-    return Image.frombytes("L", mask.size, bytes(mask)), top
-
-
 def strokes_of_glyphs(text, fonts, rng):
     """The `Strokes` of glyphs, each by itself in one of the `Font`s, turned, sized and shifted."""
     turn, shift = rng.choice((3, 12, 25, 40)), rng.choice((0.03, 0.1, 0.22)) * SIZE
@@ -233,7 +215,8 @@ def strokes_of_glyphs(text, fonts, rng):
     space = rng.choice((rng.uniform(-0.12, 0.05), rng.uniform(0, 0.5), rng.uniform(0.3, 1.3)))
     glyphs, x = [], SIZE * 0.6
     for c in text:
-        image, top = _glyph(c, rng.choice(fonts), bold)
+        face = open_font(rng.choice(fonts).path)
+        image, top = glyph_mask(face, c, bold), face.getbbox(c, anchor="ls", stroke_width=bold)[1]
         factor = rng.uniform(1 - spread, 1 + spread)
         middle = SIZE * 1.1 + (top + image.height / 2) * factor + rng.uniform(-shift, shift)
         size = [max(1, round(n * factor)) for n in image.size]
@@ -519,6 +502,22 @@ class LineImage:
         fits = self.text.low <= len(text) <= self.text.high
         return text if fits and set(text) <= self.text.allowed & set(can) else self.text.draw(can)
 
+    def _packaged(self, text, font):
+        """An image as the captcha package draws it, in one case: c is as high as C there."""
+        rng, folded = self.rng, self.rng.choice((str.upper, str.lower))(text)
+        text = folded if set(folded) <= self.text.allowed & set(font.can) else text
+        height, turn = rng.randint(32, 80), rng.choice((5, 15, 30, 40))
+        width = round(height * len(text) * rng.uniform(0.5, 0.85))
+        sizes = [round(height * share) for share in (0.7, 0.83, 0.93)]
+        drawer, colours = ImageCaptcha(width, height, [font.path], sizes), ()
+        drawer.character_rotate, drawer.word_offset_dx = (-turn, turn), rng.uniform(0, 0.35)
+        drawer.word_space_probability = rng.choice((0.2, 0.5, 1))
+        if rng.random() < 0.3:  # not dark on light
+            ground = tuple(rng.randint(0, 255) for _ in range(3))
+            ink = _colour_against(np.array([[ground]]), 50, rng)
+            colours = ground, tuple(map(int, ink))
+        return drawer.generate_image(text, *colours), text
+
     def _draw(self):
         rng = self.rng
         font = rng.choice(rng.choice(self.families))
@@ -527,6 +526,8 @@ class LineImage:
         if font.capitals:
             text = "".join(c.upper() if c.upper() in self.text.allowed else c for c in text)
         style = rng.random()
+        if kind == "captcha" and style < 0.35:
+            return self._packaged(text, font)
         if set(text) <= set(LIT) | set(".:") and (kind == "display" or style < 0.2):
             look, strokes = DISPLAY, strokes_of_segments(text, rng)
         elif set(text) <= set(HAND) and (kind == "amount" or style < 0.3):
