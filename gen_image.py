@@ -260,12 +260,10 @@ class SeededSecrets:
 
 
 def make_captcha(args, rng):
-    """The drawer of a task's images, an `ImageCaptcha` whose only randomness is ``rng``."""
+    """The drawer of a task's images, an `ImageCaptcha`; see `draw_images` for its randomness."""
     length = args.length[1]
     if args.task == "complex":
-        # The package draws from the operating system's randomness, which has no seed.
-        captcha.image.secrets = SeededSecrets(rng)
-        # Its own sizes, which are made for 60 pixels.
+        # The package's own sizes, which are made for 60 pixels.
         sizes = tuple(round(size * args.height / 60) for size in (42, 50, 56))
         return ImageCaptcha(args.width, args.height, args.font, sizes)
     # Strokes of Chinese characters are finer: a large turn at 26 pixels smears them.
@@ -308,10 +306,9 @@ def find_families(folder, workers):
     return families
 
 
-def draw_lines(folder, split, indices, args):
-    """Draw images of the general task. Arguments and result as of `draw_images`."""
-    rng, labels = random.Random(), []
-    captcha.image.secrets = SeededSecrets(rng)  # see `make_captcha`
+def draw_lines(folder, split, indices, args, rng):
+    """Draw images of the general task with ``rng``. The rest is as of `draw_images`."""
+    labels = []
     text = LineText(rng, *args.length, args.alphabet)
     drawer = LineImage(args.families[split], text, rng)
     for index in indices:
@@ -324,10 +321,12 @@ def draw_lines(folder, split, indices, args):
 
 def draw_images(folder, split, indices, args):
     """Draw the images ``indices`` of ``split`` into ``folder``. Returns their labels."""
-    if args.task == "general":
-        return draw_lines(folder, split, indices, args)
-    low, high = args.length
     rng = random.Random()
+    # The package draws from the operating system's randomness, which has no seed.
+    captcha.image.secrets = SeededSecrets(rng)
+    if args.task == "general":
+        return draw_lines(folder, split, indices, args, rng)
+    low, high = args.length
     drawer = make_captcha(args, rng)
     weights = None
     if args.often and split == "train":

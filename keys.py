@@ -48,7 +48,7 @@ ALPHABETS = {
 }
 
 
-def strokes_of(kind):
+def read_strokes(kind):
     """{character: the ways to draw it} of a kind in assets/strokes.txt."""
     text = (Path(__file__).parent / "assets" / "strokes.txt").read_text(encoding="utf-8")
     lines = [line.split(" ", 2) for line in text.splitlines()]

@@ -20,7 +20,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from ctc_label_converter import columns_needed
 from image import PATCH, Preprocess
-from keys import ALPHABETS, SIZE, glyph_mask, open_font, strokes_of
+from keys import ALPHABETS, SIZE, glyph_mask, open_font, read_strokes
 
 
 class Strokes(NamedTuple):
@@ -119,9 +119,9 @@ def _dots(text, font, rng):
     return Image.fromarray(np.pad(np.kron(grid.astype(np.uint8), dot), SIZE // 6))
 
 
-LIT = strokes_of("lit")  # of seven segments, named from the top clockwise, then the middle one
+LIT = read_strokes("lit")  # of seven segments, named from the top clockwise, then the middle one
 # Of a segment, left, top, right and bottom, in units of the width and half the height.
-ENDS = {segment: list(map(int, ends)) for segment, [ends] in strokes_of("ends").items()}
+ENDS = {segment: list(map(int, ends)) for segment, [ends] in read_strokes("ends").items()}
 
 
 def strokes_of_segments(text, rng):
@@ -147,7 +147,7 @@ def strokes_of_segments(text, rng):
     return canvas.strokes()
 
 
-HAND = strokes_of("hand")  # points of strokes, x from 0 to 6, y from 0 to 9 downwards
+HAND = read_strokes("hand")  # points of strokes, x from 0 to 6, y from 0 to 9 downwards
 
 
 def _curve(points, fine=6):
