@@ -44,7 +44,7 @@ class Look(NamedTuple):
 
 CAPTCHA = Look((18, 61), 0.6, (15, 30, 50, 100), 0.5, (0.85, 9), 0.4, 0.01)
 DISPLAY = Look(binarised=0.4)
-KINDS = {"captcha": 32, "display": 6, "amount": 6, "line": 56}  # in a hundred images
+KINDS = {"captcha": 40, "display": 6, "amount": 6, "line": 48}  # in a hundred images
 
 
 class Canvas:
