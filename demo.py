@@ -12,10 +12,12 @@ Without --weights it takes what train.py last wrote to save_model/, with --task 
 that task's, else the shipped weights.
 """
 
+import gc
 import signal
 
 if __name__ == "__main__":  # Ctrl-C during the imports: an end without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    gc.disable()  # imports leave nothing to collect; `command` enables it
 
 import argparse
 import json

@@ -19,10 +19,12 @@ index. So the same seed gives the same bytes whatever the number of workers, and
 no training image shares its stream with a test image.
 """
 
+import gc
 import signal
 
 if __name__ == "__main__":  # Ctrl-C during the imports: an end without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    gc.disable()  # imports leave nothing to collect; `command` enables it
 
 import argparse
 import multiprocessing
@@ -45,7 +47,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from ctc_label_converter import length_range
-from image import contact_sheet
+from image import contact_sheet, read_image
 from keys import (
     FONT_FOLDERS,
     check_glyphs,
@@ -377,10 +379,7 @@ def generate(folder, args):
         split: [(f"{split}/{i:05d}.png", labels[split, i]) for i in range(getattr(args, split))]
         for split in SPLITS
     }
-    images = []
-    for path, _ in lines["train"][:PREVIEW]:
-        with Image.open(folder / path) as image:
-            images.append(image.copy())
+    images = [read_image(folder / path) for path, _ in lines["train"][:PREVIEW]]
     captions = [label for _, label in lines["train"][:PREVIEW]]
     contact_sheet(images, captions).save(folder / "preview.png")
     for split in SPLITS:

@@ -24,7 +24,6 @@ import sys
 import time
 import warnings
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -330,6 +329,8 @@ class RecInfer:
         while len(views) < len(batch) and time.perf_counter() - began < QUICK * len(batch):
             views.append(self._pixels(batch[len(views)], names[len(views)]))
         if len(views) < len(batch):  # Pillow decodes outside the lock, so threads help
+            from concurrent.futures import ThreadPoolExecutor
+
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 views += pool.map(self._pixels, batch[len(views) :], names[len(views) :])
         return views
@@ -364,10 +365,8 @@ class RecInfer:
             # The logits of thousands of classes in wide images take gigabytes.
             size = max(1, MAX_LOGITS * PATCH // (width * self.converter.nclass))
             for part in (group[i : i + size] for i in range(0, len(group), size)):
-                one = len(part) == 1  # a stack of one takes longer than all else here
-                logits = self.logits(
-                    views[part[0]][None] if one else np.stack([views[i] for i in part])
-                )
+                pixels = [views[i] for i in part]  # a stack of one takes longer than all else here
+                logits = self.logits(np.stack(pixels) if len(part) > 1 else pixels[0][None])
                 if search is None:
                     found = self.converter.decode(logits)
                 else:

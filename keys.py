@@ -9,7 +9,9 @@ characters follow in order, so ``nclass = len(alphabet) + 1``.
 """
 
 import _thread
+import atexit
 import codecs
+import contextlib
 import gc
 import importlib
 import math
@@ -29,13 +31,8 @@ import numpy as np
 from PIL import Image
 
 # GB 2312 keeps its 3,755 most frequent characters, ordered by pronunciation, in rows 16
-# to 55 of 94 (GB 2312-1980); the last row has 89. In EUC-CN 0xA0 is added to row and cell.
-LEVEL_1 = bytes(
-    byte
-    for row in range(16, 56)
-    for cell in range(1, 90 if row == 55 else 95)
-    for byte in (0xA0 + row, 0xA0 + cell)
-)
+# to 55 of 94 (GB 2312-1980); of the last row 89. In EUC-CN 0xA0 is added to row and cell.
+LEVEL_1 = np.mgrid[16:56, 1:95].transpose(1, 2, 0).astype(np.uint8) + 0xA0
 
 ALPHABETS = {
     "digits": string.digits,
@@ -44,7 +41,7 @@ ALPHABETS = {
     "alnum59": "".join(c for c in string.digits + string.ascii_letters if c not in "IOl"),
     "alnum62": string.digits + string.ascii_letters,
     "ascii": "".join(map(chr, range(32, 127))),
-    "gb2312_level1": LEVEL_1.decode("gb2312"),
+    "gb2312_level1": LEVEL_1.tobytes()[: 2 * 3755].decode("gb2312"),
 }
 
 
@@ -58,7 +55,7 @@ def read_strokes(kind):
 NOT_UTF8 = "is not UTF-8, save the label file as UTF-8"
 SEPARATORS = "_-.#@~ "  # what may stand between a label and the rest of a file name
 # Seen by nobody; the joiners of Arabic and Indian scripts count only at an edge.
-ZERO_WIDTH = "\u00ad\u200b\u200e\u200f\u2060\ufeff"
+ZERO_WIDTH = dict.fromkeys(map(ord, "\u00ad\u200b\u200e\u200f\u2060\ufeff"))
 JOINERS = "\u200c\u200d"
 FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: 0x20}
 # Cyrillic and Greek letters, and the Latin ones that nobody can tell from them.
@@ -80,9 +77,7 @@ def _unquoted(text):
 # What makes labels that look equal differ, and how it is mended.
 MENDS = {
     "decomposed characters": lambda text: unicodedata.normalize("NFC", text),
-    "zero-width characters": lambda text: text.translate(dict.fromkeys(map(ord, ZERO_WIDTH))).strip(
-        JOINERS
-    ),
+    "zero-width characters": lambda text: text.translate(ZERO_WIDTH).strip(JOINERS),
     "full-width characters": lambda text: text.translate(FULL_WIDTH),
     "quotes around them": _unquoted,
     "spaces at an edge": str.strip,
@@ -175,7 +170,7 @@ def labels_of_names(stems, options):
 
     Args:
         stems: the names.
-        options: a `label.LabelOptions`, of which ``separator`` and ``regex`` count.
+        options: a `label_file.LabelOptions`, of which ``separator`` and ``regex`` count.
 
     Returns:
         (labels, rule): a string for each, None where the regex finds none; the rule in words.
@@ -264,6 +259,15 @@ def _interrupt_again(unraisable):
         sys.__unraisablehook__(unraisable)
 
 
+def _end(status):
+    """End the process without freeing what it holds, which takes PyTorch 0.1 seconds and more."""
+    atexit.unregister(_end)
+    atexit._run_exitfuncs()  # those that were there before
+    with contextlib.suppress(OSError):  # `command` has said it
+        sys.stdout.flush()
+    os._exit(status)
+
+
 def command(main):
     """Run a script's ``main``, and end with its exit status.
 
@@ -271,6 +275,8 @@ def command(main):
     one line on stderr, without a traceback; so is Ctrl-C.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    gc.freeze()  # what the imports made stays
+    gc.enable()
     sys.unraisablehook = _interrupt_again
     name = Path(sys.argv[0]).name
     for stream in ("stdin", "stdout", "stderr"):
@@ -289,13 +295,13 @@ def command(main):
         status = f"{name}: error: {type(error).__name__}: {error}"
     except (ValueError, OSError) as error:
         status = f"{name}: error: {error}"
-    except KeyboardInterrupt:
-        status = f"{name}: interrupted"
-    except RuntimeError as error:  # Python before 3.12 makes one of what stops a class statement
-        if not isinstance(error.__cause__, KeyboardInterrupt):
+    except (KeyboardInterrupt, RuntimeError) as error:
+        # Python before 3.12 makes the second of the first where it stops a class statement.
+        if not isinstance(error.__cause__ or error, KeyboardInterrupt):
             raise
         status = f"{name}: interrupted"
-    gc.freeze()  # or the end looks for what it may free, with PyTorch for half a second and more
+    if not sys._getframe(1).f_back:  # or something goes on, a notebook or a profiler
+        atexit.register(_end, status if isinstance(status, int) else int(status is not None))
     sys.exit(status)
 
 
@@ -380,10 +386,7 @@ CHINESE_FONTS = (
     "/System/Library/Fonts/Hiragino Sans GB.ttc",
     "/System/Library/Fonts/STHeiti Light.ttc",
     "/Library/Fonts/Arial Unicode.ttf",
-    *(
-        os.path.join(os.environ.get("WINDIR", r"C:\Windows"), "Fonts", name)
-        for name in ("msyh.ttc", "simhei.ttf", "simsun.ttc", "Deng.ttf")
-    ),
+    *(rf"C:\Windows\Fonts\{name}" for name in ("msyh.ttc", "simhei.ttf", "simsun.ttc", "Deng.ttf")),
 )
 SIZE = 40  # pixels of the font in which `open_font` looks at texts and draws them
 LIKENESS = 0.22  # the least median correlation of a font's glyphs with an ordinary one's

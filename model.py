@@ -9,10 +9,12 @@ and one Linear layer gives each column its logits, for CTC (Graves et al.,
 "Connectionist Temporal Classification", ICML 2006).
 """
 
+import gc
 import signal
 
 if __name__ == "__main__":  # Ctrl-C during the imports: an end without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    gc.disable()  # imports leave nothing to collect; `command` enables it
 
 import argparse
 import atexit

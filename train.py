@@ -19,10 +19,12 @@ Writes to save_model/, with NAME = TASK_nhNH_depthDEPTH or FOLDER_nhNH_depthDEPT
 The files of an earlier run get a number.
 """
 
+import gc
 import signal
 
 if __name__ == "__main__":  # Ctrl-C during the imports: an end without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    gc.disable()  # imports leave nothing to collect; `command` enables it
 
 import os
 import sys
@@ -321,10 +323,8 @@ def begin_fall(run, epochs):
     fitted = choose_looks(fitted, plan, run.held_out, run.device)
     progress.temperature, progress.sure = fitted.converter.temperature, fitted.preprocess.sure
     run.train_batches = run.batches_of([*plan.checked.train, *plan.held_out])
-    now, last = len(progress.rows), len(progress.rows) + epochs
-    progress.fall = (
-        progress.step, now, progress.step + epochs * len(run.train_batches), last,
-    )  # fmt: skip
+    now, step = len(progress.rows), progress.step
+    progress.fall = step, now, step + epochs * len(run.train_batches), now + epochs
 
 
 def next_epoch(run, bar, began):

@@ -33,7 +33,8 @@ def measured(*command, **environment):
     process = subprocess.run(
         [sys.executable, "-c", MEASURE, *map(str, command)],
         check=False,
-        env=os.environ | environment,
+        # As a user has it: what was compiled once is kept.
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": ""} | environment,
         capture_output=True,
         text=True,
         encoding="utf-8",
