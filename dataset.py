@@ -92,7 +92,7 @@ class DataOptions:
         alphabet: the characters that labels may hold. None: those that they hold.
         preprocess: a `Preprocess`. None: one that fits the images and labels.
         height, width, trim: of the one that fits, None for what fits.
-        uncut: the height of images that are not cut, None for what fits.
+        learnt: the height that a network reads already, None for a new network.
         length: characters that every label must have, None for any number.
         labels: a `LabelOptions`.
         normalise: bring labels into one form, see `keys.normalised`.
@@ -108,7 +108,7 @@ class DataOptions:
     height: int | None = None
     width: int | None = None
     trim: bool | None = None
-    uncut: int | None = None
+    learnt: int | None = None
     length: int | None = None
     labels: LabelOptions = FOUND
     normalise: bool = False
@@ -234,7 +234,7 @@ def _fitting(samples, looks, options):
         [looks[s.path].size for s in samples],
         [looks[s.path].text_size for s in samples],
         [columns_needed(s.label) for s in samples],
-        options.height, options.width, trim, options.uncut,
+        options.height, options.width, trim, options.learnt,
     )  # fmt: skip
 
 

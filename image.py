@@ -402,19 +402,20 @@ def look_at(source, find_text=True, preprocess=None):
     return Look(image.size, text_size, lines, image.info.get(MORE, False), digest, pixels)
 
 
-def fitting_preprocess(sizes, text_sizes, needed, height=None, width=None, trim=None, uncut=None):
+def fitting_preprocess(sizes, text_sizes, needed, height=None, width=None, trim=None, learnt=None):
     """The `Preprocess` that suits some images and their labels.
 
     Images are cut to their text where that leaves less than half of them in the median,
     and get 40 rows of pixels. Others, of much detail, higher than 50 pixels in the
-    median, get 48, the rest 32. The ratio is kept, unless labels would not fit: then
-    all images get one width, with at least 5 columns for 4 that the labels need.
+    median, get 48, the rest 32; where a network has learnt to read a height, those get 40
+    that are more than 1.75 times as high, the rest that. The ratio is kept, unless labels
+    would not fit: then all get one width, at least 5 columns for 4 that they need.
 
     Args:
         sizes, text_sizes: (width, height) in pixels of each image and of its text box.
         needed: columns that each label needs.
         height, width, trim: of the `Preprocess`, None for what suits.
-        uncut: the height of images that are not cut, None for what suits.
+        learnt: the height that a network reads already, None for a new network.
     """
     if not sizes:
         return Preprocess(height or 32, width, bool(trim))
@@ -426,8 +427,8 @@ def fitting_preprocess(sizes, text_sizes, needed, height=None, width=None, trim=
     if trim:
         sizes = text_sizes
     if not height:
-        detailed = np.median([h for _, h in sizes]) > 50
-        height = 40 if trim else uncut or (48 if detailed else 32)
+        few, more, least = (learnt, 40, 1.75 * learnt) if learnt else (32, 48, 50)
+        height = 40 if trim else more if np.median([h for _, h in sizes]) > least else few
     if width:
         return Preprocess(height, width, trim)
     columns = [max(1, round(w * height / h / PATCH)) for w, h in sizes]

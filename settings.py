@@ -114,7 +114,8 @@ def own_preset(checked, start=None):
     # Over some three epochs of many images, or the loss that ends the training only flickers.
     averaging = min(0.999, max(0.99, 1 - 12 / images))
     # Much background, or much detail: what varies in size, place and font is harder to read.
-    hard = size.trim or size.height > 32
+    # Of detail a network that reads already has seen enough.
+    hard = size.trim or (size.height > 32 and not start)
     # Looks are for many fonts: where there is one, they blur what tells 0 from O.
     small_set = "looks" if hard else "affine"
     if start:
@@ -471,9 +472,10 @@ def prepare(args, start, device):
             trim=size.trim if args.trim is None else args.trim,
         )
     length = text_length(args, start.converter if known else None)
-    # More rows than it has seen pay for images that are cut to their text, not for others.
-    uncut = start.preprocess.height if general else None
-    checked = check_data(args, alphabet=alphabet, preprocess=preprocess, length=length, uncut=uncut)
+    checked = check_data(
+        args, alphabet=alphabet, preprocess=preprocess, length=length,
+        learnt=start.preprocess.height if general else None,
+    )  # fmt: skip
     check_alphabet(checked.alphabet)
 
     preset = PRESETS[args.task] if args.task else own_preset(checked, start)
