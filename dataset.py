@@ -6,12 +6,10 @@
 What a data set may be is in label_file.py.
 """
 
-import gc
 import signal
 
 if __name__ == "__main__":  # Ctrl-C during the imports: an end without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    gc.disable()  # imports leave nothing to collect; `command` enables it
 
 import argparse
 import os

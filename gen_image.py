@@ -19,12 +19,10 @@ index. So the same seed gives the same bytes whatever the number of workers, and
 no training image shares its stream with a test image.
 """
 
-import gc
 import signal
 
 if __name__ == "__main__":  # Ctrl-C during the imports: an end without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    gc.disable()  # imports leave nothing to collect; `command` enables it
 
 import argparse
 import multiprocessing

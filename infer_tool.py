@@ -365,7 +365,8 @@ class RecInfer:
             # The logits of thousands of classes in wide images take gigabytes.
             size = max(1, MAX_LOGITS * PATCH // (width * self.converter.nclass))
             for part in (group[i : i + size] for i in range(0, len(group), size)):
-                pixels = [views[i] for i in part]  # a stack of one takes longer than all else here
+                pixels = [views[i] for i in part]
+                # A stack of one takes longer than all else here.
                 logits = self.logits(np.stack(pixels) if len(part) > 1 else pixels[0][None])
                 if search is None:
                     found = self.converter.decode(logits)

@@ -295,8 +295,7 @@ def command(main):
         status = f"{name}: error: {type(error).__name__}: {error}"
     except (ValueError, OSError) as error:
         status = f"{name}: error: {error}"
-    except (KeyboardInterrupt, RuntimeError) as error:
-        # Python before 3.12 makes the second of the first where it stops a class statement.
+    except (KeyboardInterrupt, RuntimeError) as error:  # before 3.12 the second may hide the first
         if not isinstance(error.__cause__ or error, KeyboardInterrupt):
             raise
         status = f"{name}: interrupted"
@@ -369,9 +368,10 @@ def load_alphabet(name_or_path):
     return check_alphabet(text.removesuffix("\n").removesuffix("\r"), source=str(path))
 
 
+WINDOWS_FONTS = os.environ.get("WINDIR", r"C:\Windows") + r"\Fonts"
 FONT_FOLDERS = (
     "/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts",
-    "/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts", r"C:\Windows\Fonts",
+    "/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts", WINDOWS_FONTS,
 )  # fmt: skip
 # Where systems keep a font with Chinese characters, best known first.
 CHINESE_FONTS = (
@@ -386,7 +386,7 @@ CHINESE_FONTS = (
     "/System/Library/Fonts/Hiragino Sans GB.ttc",
     "/System/Library/Fonts/STHeiti Light.ttc",
     "/Library/Fonts/Arial Unicode.ttf",
-    *(rf"C:\Windows\Fonts\{name}" for name in ("msyh.ttc", "simhei.ttf", "simsun.ttc", "Deng.ttf")),
+    *(rf"{WINDOWS_FONTS}\{name}" for name in ("msyh.ttc", "simhei.ttf", "simsun.ttc", "Deng.ttf")),
 )
 SIZE = 40  # pixels of the font in which `open_font` looks at texts and draws them
 LIKENESS = 0.22  # the least median correlation of a font's glyphs with an ordinary one's
