@@ -43,7 +43,8 @@ PAUSES = (0.05, 0.2, 0.8)  # seconds, while another program may hold a file
 SHEET_IMAGE = (320, 96)  # pixels of an image on a contact sheet, at most
 LOOKED_AT = 2**20  # pixels, at most, in which text is looked for
 INK = 30  # of 255: what differs less from an image's edges is background
-STRETCHES = 0.8, 1.12, 1.25  # of an image's other looks
+STRETCHES = (0.8, 1.25), (1.12, 1.4), (1.25, 1.6)  # of other looks: usual, of close characters
+CLOSE = 14  # pixels that a character takes: of fewer, columns miss some
 SURE = 0.9  # confidence that needs no other looks
 # Good files carry more than a megabyte of text or of a colour profile.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**24
@@ -131,13 +132,20 @@ class Preprocess:
         return pixels.sub_(self.mean).div_(self.std)
 
 
-def other_looks(images):
-    """For each of STRETCHES {key: [(3, height, W) uint8]}, with the arrays so much wider."""
+def other_looks(images, readings):
+    """For each of STRETCHES {key: [(3, height, W) uint8]}, the images made so much wider.
+
+    Under a key of ``images`` are such arrays, in ``readings`` their `Reading`s come first.
+    """
     for by in STRETCHES if images else ():
-        yield {key: [_stretched(pixels, by) for pixels in found] for key, found in images.items()}
+        yield {
+            key: [_stretched(*view, *by) for view in zip(found, readings[key], strict=False)]
+            for key, found in images.items()
+        }
 
 
-def _stretched(pixels, by):
+def _stretched(pixels, reading, usual, close):
+    by = close if pixels.shape[2] < CLOSE * len(reading.text) else usual
     width = max(1, round(pixels.shape[2] / PATCH * by)) * PATCH
     image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     return Preprocess(pixels.shape[1], width)(image)
@@ -223,7 +231,9 @@ def read_image(source):
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         with Image.open(file, formats=FORMATS) as image:
             first = _to_rgb(image)
-            first.info[MORE] = _has_more(image)
+            first.info[MORE] = False
+            with contextlib.suppress(Exception):  # whatever a broken one leads to: it is not read
+                first.info[MORE] = bool(getattr(image, "is_animated", False))
             return first
     except ImageError:
         raise
@@ -235,14 +245,6 @@ def read_image(source):
         raise ImageError(f"has more than {MAX_PIXELS:,} pixels") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on broken files
         raise ImageError(f"is a broken image file ({error})") from None
-
-
-def _has_more(image):
-    """Whether a file has more pages or frames than the first, as far as they can be read."""
-    try:
-        return bool(getattr(image, "is_animated", False))
-    except Exception:  # whatever a broken one leads to: it is not read
-        return False
 
 
 def _to_rgb(image):
@@ -344,18 +346,15 @@ def _line_rows(ink):
     # Accents and the dots of i stand apart from their line, other lines further.
     parts = np.split(rows, np.flatnonzero(np.diff(rows) > height // 20) + 1)
     heaviest = max(parts, key=lambda part: runs[part].sum())
-    lines = [part for part in parts if _is_another_line(part, heaviest, runs)]
-    return lines if len(lines) > 1 else [heaviest]
+    return [part for part in parts if part is heaviest or _is_another_line(part, heaviest, runs)]
 
 
 def _is_another_line(rows, heaviest, runs):
-    """Whether some rows are a line of text beside the heaviest, or that itself.
+    """Whether some rows are a line of text beside the heaviest.
 
     Such are about as high and as heavy, and stand apart by more than the halves of a digit
     on a display do.
     """
-    if rows is heaviest:
-        return True
     gap = max(rows[0] - heaviest[-1], heaviest[0] - rows[-1])
     return (
         len(rows) >= max(8, 0.6 * len(heaviest))

@@ -342,7 +342,7 @@ class RecInfer:
         looks = self._looks(readable, search)
         sure = self.preprocess.sure
         unsure = {i: readable[i] for i, found in looks.items() if surest(found).confidence < sure}
-        for others in other_looks(unsure):
+        for others in other_looks(unsure, looks):
             for i, found in self._looks(others, search).items():
                 looks[i] += found
         for i, found in looks.items():

@@ -224,11 +224,11 @@ def look_again(recogniser, checked, samples, readings, device):
     """The readings of some samples, the unsure ones mended by other looks, as in `RecInfer`."""
     looks = [[reading] for reading in readings]
     unsure = [i for i, r in enumerate(readings) if r.confidence < recogniser.preprocess.sure]
-    samples = [samples[i] for i in unsure]
-    data = TextImageDataset(samples, checked.preprocess, known=checked.pixels)
-    for others in other_looks({samples[i].path: [pixels] for pixels, _, i in data}):
-        known = {path: pixels for path, [pixels] in others.items()}
-        batches = evaluation_loader(checked._replace(pixels=known), samples, recogniser.converter)
+    again = [samples[i] for i in unsure]
+    data = TextImageDataset(again, checked.preprocess, known=checked.pixels)
+    for others in other_looks({unsure[i]: [pixels] for pixels, _, i in data}, looks):
+        known = {samples[i].path: pixels for i, [pixels] in others.items()}
+        batches = evaluation_loader(checked._replace(pixels=known), again, recogniser.converter)
         for i, reading in zip(unsure, evaluate(recogniser, batches, device)[1], strict=True):
             looks[i].append(reading)
     return [vote(found) for found in looks]

@@ -16,8 +16,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from captcha.image import DEFAULT_FONTS
 from helpers import ROOT, SAMPLES, assert_clear_error, run_script
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 import train
 from collatefn import evaluation_loader
@@ -25,6 +26,7 @@ from ctc_label_converter import vote
 from dataset import DataOptions, check
 from image import SURE, other_looks, read_image
 from infer_tool import SHIPPED_WEIGHTS, RecInfer
+from metric import word_accuracy
 from model import load_checkpoint, save_checkpoint
 
 SIMPLE = sorted((SAMPLES / "simple").glob("*.png"))  # named by their text
@@ -337,12 +339,25 @@ def test_what_is_unsure_is_read_at_other_widths_too(readers):
     readers, paths = readers
     for path, first in zip(paths, readers[0].predict(paths), strict=True):
         looks = [first]
-        for others in other_looks({0: [readers[0].preprocess(read_image(path))]}):
+        for others in other_looks({0: [readers[0].preprocess(read_image(path))]}, {0: [first]}):
             looks.append(readers[0].predict(np.moveaxis(others[0][0], 0, 2)))
         expected = first if first.confidence >= SURE else vote(looks)
         found = readers[SURE].predict(path)
         assert found.text == expected.text
         assert found.confidence == pytest.approx(expected.confidence, abs=1e-5)
+
+
+def test_characters_that_stand_close_are_looked_at_wider(readers):
+    """In columns of 4 pixels i and l get lost where a character has 6."""
+    words = (ROOT / "assets" / "words.txt").read_text(encoding="utf-8").split()
+    words = [word for word in words if len(word) >= 8]
+    font, images = ImageFont.truetype(DEFAULT_FONTS[0], 28), []
+    for word in words:
+        image = Image.new("RGB", (round(font.getlength(word)) + 12, 40), "white")
+        ImageDraw.Draw(image).text((6, 20), word, "black", font, anchor="lm")
+        images.append(image.resize((6 * len(word) + 8, 32)))
+    readings = readers[0][SURE].predict(images)
+    assert word_accuracy([reading.text for reading in readings], words) >= 0.9
 
 
 @pytest.mark.parametrize("sure", [0, SURE])
