@@ -327,8 +327,9 @@ def parse_args(description):
     given = ["width", "trim", "nh", "depth"]
     given += [] if args.fine_tune else ["alphabet", "height"]
     given += ["length"] if args.calibrate else []
+    read = args.weights != Path("none") and (args.weights or args.evaluate or args.calibrate)
     for flag in given:
-        if (args.weights or args.evaluate or args.calibrate) and getattr(args, flag) is not None:
+        if read and getattr(args, flag) is not None:
             raise ValueError(f"--{flag}: is given by the weights, leave it out")
     compilers = (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")
     if args.compile and not any(map(shutil.which, compilers)):

@@ -41,8 +41,8 @@ def trained(digits, tmp_path_factory):
     """A finished training on ``digits``: (folder it ran in, the process)."""
     folder = tmp_path_factory.mktemp("training")
     process = run_script(
-        "train.py", "--data", digits, "--nh", 16, "--depth", 2, "--epochs", 8, "--batch-size", 32,
-        "--device", "cpu", cwd=folder,
+        "train.py", "--data", digits, "--weights", "none", "--nh", 16, "--depth", 2,
+        "--epochs", 8, "--batch-size", 32, "--device", "cpu", cwd=folder,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     return folder, process
