@@ -407,8 +407,9 @@ def fitting_preprocess(sizes, text_sizes, needed, height=None, width=None, trim=
     Images are cut to their text where that leaves less than half of them in the median,
     and get 40 rows of pixels. Others, of much detail, higher than 50 pixels in the
     median, get 48, the rest 32; where a network has learnt to read a height, those get 40
-    that are more than 1.75 times as high, the rest that. The ratio is kept, unless labels
-    would not fit: then all get one width, at least 5 columns for 4 that they need.
+    that are more than 1.75 times as high, the rest that. Characters of fewer than three
+    columns in the median get 48. The ratio is kept, unless labels would not fit: then all
+    get one width, at least 5 columns for 4 that they need.
 
     Args:
         sizes, text_sizes: (width, height) in pixels of each image and of its text box.
@@ -419,24 +420,22 @@ def fitting_preprocess(sizes, text_sizes, needed, height=None, width=None, trim=
     if not sizes:
         return Preprocess(height or 32, width, bool(trim))
     if trim is None:
-        shares = [
-            math.prod(text) / math.prod(size) for size, text in zip(sizes, text_sizes, strict=True)
-        ]
-        trim = bool(np.median(shares) < 0.5)
-    if trim:
-        sizes = text_sizes
+        trim = bool(np.median(np.prod(text_sizes, 1) / np.prod(sizes, 1)) < 0.5)
+    widths, heights = np.array(text_sizes if trim else sizes).T
+    ratios, needed = widths / heights, np.maximum(needed, 1)
     if not height:
         few, more, least = (learnt, 40, 1.75 * learnt) if learnt else (32, 48, 50)
-        height = 40 if trim else more if np.median([h for _, h in sizes]) > least else few
-    if width:
+        height = 40 if trim else more if np.median(heights) > least else few
+        close = height * np.median(ratios / needed) < 3 * PATCH
+        if close and not width and 48 * ratios.max() <= MAX_WIDTH:
+            height = 48
+    columns = np.maximum(1, np.round(height * ratios / PATCH))
+    tight = np.mean(1.25 * needed > columns)
+    if width or tight <= 0.05:
         return Preprocess(height, width, trim)
-    columns = [max(1, round(w * height / h / PATCH)) for w, h in sizes]
-    tight = sum(1.25 * n > c for n, c in zip(needed, columns, strict=True))
-    if tight <= len(sizes) / 20:
-        return Preprocess(height, None, trim)
-    longest = sorted(needed)[int(0.995 * len(needed))]  # not that of a mistaken label
-    usual = sorted(columns)[len(columns) // 2]
-    return Preprocess(height, PATCH * max(usual, math.ceil(1.25 * longest)), trim)
+    longest = np.sort(needed)[int(0.995 * len(needed))]  # not that of a mistaken label
+    usual = np.sort(columns)[len(columns) // 2]
+    return Preprocess(height, PATCH * int(max(usual, math.ceil(1.25 * longest))), trim)
 
 
 def as_they_come(items, most):

@@ -80,6 +80,11 @@ def test_the_size_fits_the_labels():
     assert fitting((430, 80), "abcd", text=(200, 60), learnt=32) == Preprocess(40, None, True)
     assert fitting((430, 80), "abcd", learnt=32) == Preprocess(40, None)
     assert fitting((155, 52), "abcd", learnt=32) == Preprocess(32, None)
+    # Characters that stand closer than three columns.
+    assert fitting((120, 32), "abcd" * 3, learnt=32) == Preprocess(48, None)
+    assert fitting((120, 32), "abcd" * 3) == Preprocess(48, None)
+    assert fitting((120, 32), "abcd" * 3, width=240) == Preprocess(32, 240)
+    assert fitting((3000, 32), "abcd" * 75) == Preprocess(32, None)  # and would be too wide
     assert fitting((430, 80), "abcd", text=(400, 60)) == Preprocess(48, None)
     assert fitting((430, 80), "abcd", text=(200, 60), trim=False) == Preprocess(48, None)
     wide = fitting((40, 60), "12345678")
