@@ -135,7 +135,9 @@ class Preprocess:
 def other_looks(images, readings):
     """For each of STRETCHES {key: [(3, height, W) uint8]}, the images made so much wider.
 
-    Under a key of ``images`` are such arrays, in ``readings`` their `Reading`s come first.
+    Args:
+        images: {key: [such arrays]}.
+        readings: {key: [the `Reading` of each of them, and maybe later ones]}.
     """
     for by in STRETCHES if images else ():
         yield {
@@ -408,8 +410,8 @@ def fitting_preprocess(sizes, text_sizes, needed, height=None, width=None, trim=
     and get 40 rows of pixels. Others, of much detail, higher than 50 pixels in the
     median, get 48, the rest 32; where a network has learnt to read a height, those get 40
     that are more than 1.75 times as high, the rest that. Characters of fewer than three
-    columns in the median get 48. The ratio is kept, unless labels would not fit: then all
-    get one width, at least 5 columns for 4 that they need.
+    columns in the median get 48 at least, if no image is then too wide. The ratio is kept,
+    unless labels would not fit: all get one width then, at least 5 columns for 4 they need.
 
     Args:
         sizes, text_sizes: (width, height) in pixels of each image and of its text box.
@@ -428,7 +430,7 @@ def fitting_preprocess(sizes, text_sizes, needed, height=None, width=None, trim=
         height = 40 if trim else more if np.median(heights) > least else few
         close = height * np.median(ratios / needed) < 3 * PATCH
         if close and not width and 48 * ratios.max() <= MAX_WIDTH:
-            height = 48
+            height = max(height, 48)
     columns = np.maximum(1, np.round(height * ratios / PATCH))
     tight = np.mean(1.25 * needed > columns)
     if width or tight <= 0.05:

@@ -83,6 +83,7 @@ def test_the_size_fits_the_labels():
     # Characters that stand closer than three columns.
     assert fitting((120, 32), "abcd" * 3, learnt=32) == Preprocess(48, None)
     assert fitting((120, 32), "abcd" * 3) == Preprocess(48, None)
+    assert fitting((60, 32), "abcd" * 3, learnt=64).height == 64
     assert fitting((120, 32), "abcd" * 3, width=240) == Preprocess(32, 240)
     assert fitting((3000, 32), "abcd" * 75) == Preprocess(32, None)  # and would be too wide
     assert fitting((430, 80), "abcd", text=(400, 60)) == Preprocess(48, None)
