@@ -32,7 +32,6 @@ from image import (
     ImageError,
     Look,
     Preprocess,
-    contact_sheet,
     fitting_preprocess,
     look_at,
     read_image,
@@ -50,6 +49,7 @@ from keys import (
     unusable,
 )
 from label_file import FOUND, SPLITS, LabelOptions, find_samples
+from metric import contact_sheet
 
 RARE = 5  # a character seen less often is hardly learnt
 SHEET = 48  # images on the sheet of a data set

@@ -30,7 +30,6 @@ from ctc_label_converter import Search, length_range
 from image import (
     SUFFIXES,
     ImageFinder,
-    contact_sheet,
     find_images,
     read_image,
     save_picture,
@@ -250,6 +249,8 @@ def same(label, text, ignore_case):
 
 def save_sheet(path, shown, ignore_case):
     """Save a contact sheet of [(image's path, `Reading`, its label or None)]."""
+    from metric import contact_sheet  # which is seldom needed
+
     captions = [f"{reading.text}  {reading.confidence:.2f}" for _, reading, _ in shown]
     colours = [
         "black" if label is None else "green" if same(label, reading.text, ignore_case) else "red"

@@ -45,7 +45,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from ctc_label_converter import length_range
-from image import contact_sheet, read_image
+from image import read_image
 from keys import (
     FONT_FOLDERS,
     check_glyphs,
@@ -58,6 +58,7 @@ from keys import (
 )
 from label_file import SPLITS
 from line_image import LineImage
+from metric import contact_sheet
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-# hashlib, ImageDraw and ImageOps, which reading seldom needs, are imported where they are
-# used: with tempfile and keys' ImageFont they are a fifteenth of a start.
+# hashlib and ImageOps, which reading seldom needs, are imported where they are used: with
+# tempfile, ImageDraw and keys' ImageFont they are a fifteenth of a start.
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
-
-from keys import caption_font
 
 PATCH = 4  # pixels: the network sees patches of 4x4, and each column of them is one step of CTC
 MAX_PIXELS = 2**23  # of an image file, 8.4 million: checked before it is decoded
@@ -40,9 +38,9 @@ NO_FOLDERS, OUR_PICTURES = ("save_model", "__MACOSX"), (".data.png", ".mistakes.
 MORE = "more pages"
 ORIENTATION = 0x0112  # the EXIF tag
 PAUSES = (0.05, 0.2, 0.8)  # seconds, while another program may hold a file
-SHEET_IMAGE = (320, 96)  # pixels of an image on a contact sheet, at most
 LOOKED_AT = 2**20  # pixels, at most, in which text is looked for
 INK = 30  # of 255: what differs less from an image's edges is background
+STRAY, ABRUPT = 0.02, 0.75  # shares of a line: of a frame, less; where a frame ends, more
 STRETCHES = (0.8, 1.25), (1.12, 1.4), (1.25, 1.6)  # of other looks: usual, of close characters
 CLOSE = 14  # pixels that a character takes: of fewer, columns miss some
 SURE = 0.9  # confidence that needs no other looks
@@ -90,14 +88,17 @@ class Preprocess:
         """What there is to read of an RGB image: its pixels, and maybe those of its text alone.
 
         The reading of the higher confidence counts. Finding text in scans and displays with
-        blots, it may be cut wrongly; alone in a wide picture it is too small uncut.
+        blots, it may be cut wrongly; alone in a wide picture it is too small uncut. Frames
+        are cut off before: how wide they are says nothing of the text.
         """
+        if self.trim is not None:
+            return [self(image)]
+        image = image.crop(panel_box(image))
         found = [self(image)]
-        if self.trim is None:
-            left, top, right, bottom = box = text_box(image)
-            if (right - left) * (bottom - top) < image.width * image.height / 2:
-                with contextlib.suppress(ImageError):  # a line found as text may be too long
-                    found.append(self(image.crop(box)))
+        left, top, right, bottom = box = text_box(image)
+        if (right - left) * (bottom - top) < image.width * image.height / 2:
+            with contextlib.suppress(ImageError):  # a line found as text may be too long
+                found.append(self(image.crop(box)))
         return found
 
     def width_of(self, width, height):
@@ -289,6 +290,45 @@ def _moving_mean(values, size):
     return np.convolve(values, np.ones(size, int))[(size - 1) // 2 :][: len(values)] / size
 
 
+def _small(image):
+    """((H, W, 3) int16, by how much they are smaller): what stands out does so in them too."""
+    scale = math.ceil(math.sqrt(max(1, image.width * image.height / LOOKED_AT)))
+    return np.asarray(image.reduce(scale) if scale > 1 else image).astype(np.int16), scale
+
+
+def _unlike(pixels, corner):
+    """(H, W) bool: what differs from the first pixel or, if ``corner`` is -1, the last one."""
+    return np.abs(pixels - pixels[corner, corner]).max(2) > INK
+
+
+def panel_box(image):
+    """Where an RGB `PIL.Image` is without frames, as (left, top, right, bottom) for its `crop`.
+
+    Frames, as of screens or of what was made as wide as others, have one colour and end
+    everywhere at once, where text on its own ground ends here and there.
+    """
+    pixels, scale = _small(image)
+    left, top, right, bottom = 0, 0, pixels.shape[1], pixels.shape[0]
+    for corner in (0, -1):  # a frame may be on one side only
+        part = pixels[top:bottom, left:right]
+        other = _unlike(part, corner)
+        rows, columns = (np.flatnonzero(other.mean(axis) > STRAY) for axis in (1, 0))
+        if min(len(rows), len(columns)) < 8:
+            continue
+        a, b, c, d = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+        inner = other[b:d, a:c]
+        sides = (
+            (a > 0, inner[:, :3].mean(0)), (b > 0, inner[:3].mean(1)),
+            (c < other.shape[1], inner[:, -3:].mean(0)), (d < len(other), inner[-3:].mean(1)),
+        )  # fmt: skip
+        ends = [shares.max() for is_cut, shares in sides if is_cut]
+        text = _unlike(part[b + 2 : d - 2, a + 2 : c - 2], 0)  # a bar without may be a letter
+        if ends and min(ends) > ABRUPT and text.mean() > STRAY:
+            left, top, right, bottom = left + a, top + b, left + c, top + d
+    right, bottom = min(image.width, right * scale), min(image.height, bottom * scale)
+    return left * scale, top * scale, right, bottom
+
+
 def text_box(image):
     """Where the text of an image is, see `find_text_lines`."""
     return find_text_lines(image)[0]
@@ -305,14 +345,13 @@ def find_text_lines(image):
         image: an RGB `PIL.Image`.
 
     Returns:
-        ((left, top, right, bottom) for `Image.crop`, number of lines); the whole image
-        and 1 where no text stands out.
+        ((left, top, right, bottom) for `Image.crop`, number of lines); its `panel_box` and 1
+        where no text stands out.
     """
-    # What stands out does so at a third of the size; photos would take much memory.
-    scale = math.ceil(math.sqrt(max(1, image.width * image.height / LOOKED_AT)))
-    pixels = np.asarray(image.reduce(scale) if scale > 1 else image).astype(np.int16)
+    panel = panel_box(image)
+    image, whole = image.crop(panel), (panel, 1)
+    pixels, scale = _small(image)
     height, width = pixels.shape[:2]
-    whole = (0, 0, *image.size), 1
     edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     ground = np.median(edges, axis=0).astype(np.int16)
     ink = np.abs(pixels - ground).max(2) > INK
@@ -329,10 +368,10 @@ def find_text_lines(image):
         return whole
     left, right = int(columns[0]), int(columns[-1]) + 1
     box = (
-        max(0, left - size // 2) * scale,
-        max(0, top - size // 4) * scale,
-        min(image.width, (right + size // 2) * scale),
-        min(image.height, (bottom + size // 4) * scale),
+        panel[0] + max(0, left - size // 2) * scale,
+        panel[1] + max(0, top - size // 4) * scale,
+        panel[0] + min(image.width, (right + size // 2) * scale),
+        panel[1] + min(image.height, (bottom + size // 4) * scale),
     )
     return box, len(lines)
 
@@ -509,42 +548,3 @@ def save_picture(path, image):
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     write_atomically(path, buffer.getvalue())
-
-
-def _shortened(text, font):
-    """A caption that is not much wider than the widest image."""
-    if font.getlength(text) <= SHEET_IMAGE[0]:
-        return text
-    while font.getlength(f"{text}...") > SHEET_IMAGE[0]:
-        text = text[:-1]
-    return f"{text}..."
-
-
-def contact_sheet(images, captions, columns=8, colours=None):
-    """Draw `PIL.Image`s in a grid, each with its caption below. Returns an RGB image.
-
-    The captions are black, or each in its own of ``colours``. Images larger than
-    SHEET_IMAGE are shown smaller.
-    """
-    from PIL import ImageDraw
-
-    images = [image.copy() for image in images]
-    for image in images:
-        image.thumbnail(SHEET_IMAGE)
-    fonts, captions = zip(*map(caption_font, captions), strict=True)
-    captions = [_shortened(text, font) for text, font in zip(captions, fonts, strict=True)]
-    widths = [image.width for image in images]
-    widths += [font.getlength(text) for font, text in zip(fonts, captions, strict=True)]
-    cell_width = math.ceil(max(widths)) + 8
-    cell_height = max(image.height for image in images) + 26
-    rows = math.ceil(len(images) / columns)
-    sheet = Image.new("RGB", (min(columns, len(images)) * cell_width, rows * cell_height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (image, caption, font, colour) in enumerate(
-        zip(images, captions, fonts, colours or ["black"] * len(images), strict=True)
-    ):
-        x, y = i % columns * cell_width + 4, i // columns * cell_height + 4
-        sheet.paste(image, (x, y))
-        middle = x + max(image.width, font.getlength(caption)) / 2, y + image.height + 9
-        draw.text(middle, caption, font=font, fill=colour, anchor="mm")
-    return sheet

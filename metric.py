@@ -10,11 +10,14 @@ from collections import Counter
 from difflib import SequenceMatcher
 from typing import NamedTuple
 
-from image import contact_sheet, read_image, save_picture, write_atomically
-from keys import import_or_say
+from PIL import Image, ImageDraw
+
+from image import read_image, save_picture, write_atomically
+from keys import caption_font, import_or_say
 
 CURVES_PAUSE = 60  # seconds; drawing them takes longer than an epoch may
 MISTAKES = 40  # images on the sheet of mistakes
+SHEET_IMAGE = (320, 96)  # pixels of an image on a contact sheet, at most
 
 
 def edit_distance(a, b):
@@ -139,6 +142,43 @@ def _save_mistakes(path, wrong):
     images = [read_image(sample.path) for sample, _ in shown]
     save_picture(path, contact_sheet(images, captions, columns=5))
     print(f"{path} shows {len(shown)} of {len(wrong)} misread images")
+
+
+def _shortened(text, font):
+    """A caption that is not much wider than the widest image."""
+    if font.getlength(text) <= SHEET_IMAGE[0]:
+        return text
+    while font.getlength(f"{text}...") > SHEET_IMAGE[0]:
+        text = text[:-1]
+    return f"{text}..."
+
+
+def contact_sheet(images, captions, columns=8, colours=None):
+    """Draw `PIL.Image`s in a grid, each with its caption below. Returns an RGB image.
+
+    The captions are black, or each in its own of ``colours``. Images larger than
+    SHEET_IMAGE are shown smaller.
+    """
+    images = [image.copy() for image in images]
+    for image in images:
+        image.thumbnail(SHEET_IMAGE)
+    fonts, captions = zip(*map(caption_font, captions), strict=True)
+    captions = [_shortened(text, font) for text, font in zip(captions, fonts, strict=True)]
+    widths = [image.width for image in images]
+    widths += [font.getlength(text) for font, text in zip(fonts, captions, strict=True)]
+    cell_width = math.ceil(max(widths)) + 8
+    cell_height = max(image.height for image in images) + 26
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (min(columns, len(images)) * cell_width, rows * cell_height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, caption, font, colour) in enumerate(
+        zip(images, captions, fonts, colours or ["black"] * len(images), strict=True)
+    ):
+        x, y = i % columns * cell_width + 4, i // columns * cell_height + 4
+        sheet.paste(image, (x, y))
+        middle = x + max(image.width, font.getlength(caption)) / 2, y + image.height + 9
+        draw.text(middle, caption, font=font, fill=colour, anchor="mm")
+    return sheet
 
 
 class EpochResult(NamedTuple):

@@ -8,23 +8,22 @@ from statistics import median
 
 import numpy as np
 import pytest
-from helpers import dashes, picture, png
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from helpers import dashes, jpeg, picture, png
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from ctc_label_converter import columns_needed
 from image import (
     ImageError,
     Preprocess,
-    contact_sheet,
     find_images,
     find_text_lines,
     fitting_preprocess,
     look_at,
+    panel_box,
     read_image,
     text_box,
     write_atomically,
 )
-from keys import caption_font
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "F"])
@@ -145,6 +144,31 @@ def drawn(size, *texts, height=24):
     return image
 
 
+def test_frames_of_one_colour_are_cut_off():
+    """On any of the sides, dark or light, also where a JPEG has blurred their ends."""
+    rng = random.Random(0)
+    for turn in range(60):
+        panel = drawn((rng.randrange(90, 300), rng.randrange(30, 90)), ((8, 2), "AB 1234"))
+        frames = [rng.choice((0, rng.randrange(1, 80))) for _ in range(4)]
+        image = ImageOps.expand(panel, tuple(frames), rng.choice(("black", "grey", "#20c0ff")))
+        image = read_image(jpeg(image)) if turn % 2 else image
+        left, top, _, _ = frames
+        wanted = left, top, left + panel.width, top + panel.height
+        assert np.abs(np.subtract(panel_box(image), wanted)).max() <= 2
+        own = Preprocess(trim=None).views(image)[0]
+        assert own.shape[2] == Preprocess().width_of(*image.crop(panel_box(image)).size)
+
+
+@pytest.mark.parametrize("text", ["I", "-", "E", "H", "11", "AB 1234"])
+def test_text_on_its_own_ground_is_not_taken_for_what_a_frame_holds(text):
+    for height in (12, 24, 60):
+        image = drawn((400, 100), ((30, 20), text), height=height)
+        assert panel_box(image) == (0, 0, 400, 100)
+    letter = Image.new("RGB", (90, 90), "white")
+    ImageDraw.Draw(letter).rectangle((35, 10, 55, 80), "black")
+    assert panel_box(letter) == (0, 0, 90, 90)
+
+
 def test_two_lines_of_text_are_told_apart_and_kept():
     one = drawn((300, 200), ((60, 80), "AB 1234"))
     two = drawn((300, 200), ((60, 50), "ABC"), ((60, 110), "1234"), height=36)
@@ -212,16 +236,6 @@ def test_images_are_found_whatever_their_suffix_and_ours_are_not(tmp_path):
         pytest.skip("this system has no links to folders")
     found = [path.name for path in find_images(tmp_path / "set")]
     assert sorted(found) == ["a.JPG", "b.jfif", "c.jpe", "d.pgm", "e.png", "f.png"]
-
-
-def test_captions_of_any_script_are_shown_or_escaped():
-    texts = ["plain", "中文", "देव", "\u2028x", "\udcff", "שלום", "𓀀"]
-    sheet = contact_sheet([picture().convert("RGB")] * len(texts), texts)
-    assert sheet.width > 64
-    missing = bytes(ImageFont.load_default(14).getmask("\U0010ffff"))
-    for text in texts:
-        font, shown = caption_font(text)
-        assert all(bytes(font.getmask(character)) != missing for character in shown)
 
 
 def race(path, number):

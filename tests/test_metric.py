@@ -1,12 +1,16 @@
-"""Word accuracy and character error rate."""
+"""Word accuracy and character error rate, tables and pictures."""
 
 import pytest
+from helpers import picture
+from PIL import ImageFont
 
+from keys import caption_font
 from metric import (
     EpochResult,
     best_epoch,
     character_error_rate,
     confusions,
+    contact_sheet,
     edit_distance,
     save_progress,
     wilson_interval,
@@ -66,3 +70,13 @@ def test_a_table_that_is_open_elsewhere_is_a_warning(tmp_path, in_use, capsys):
     assert len(table.read_text(encoding="utf-8").splitlines()) == 2
     assert "a.csv: cannot be written" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_captions_of_any_script_are_shown_or_escaped():
+    texts = ["plain", "中文", "देव", "\u2028x", "\udcff", "שלום", "𓀀"]
+    sheet = contact_sheet([picture().convert("RGB")] * len(texts), texts)
+    assert sheet.width > 64
+    missing = bytes(ImageFont.load_default(14).getmask("\U0010ffff"))
+    for text in texts:
+        font, shown = caption_font(text)
+        assert all(bytes(font.getmask(character)) != missing for character in shown)

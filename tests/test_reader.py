@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import wasmtime
 from helpers import ROOT, SAMPLES, assert_clear_error, dashes, jpeg, png, run_script
-from PIL import Image
+from PIL import Image, ImageOps
 
 from infer_tool import SHIPPED_WEIGHTS, RecInfer, export_page
 
@@ -38,6 +38,7 @@ def odd_images():
         wide = Image.new("RGB", (image.width * 3, image.height * 2), "white")
         wide.paste(image, (image.width, image.height // 2))
         yield png(image.resize(size))
+        yield png(ImageOps.expand(image, [(30, 9, 0, 20), 12, (0, 0, 60, 0)][i % 3], "black"))
         yield png(wide)
         yield png(image.convert("L"))
         clear = image.convert("RGBA")
