@@ -43,7 +43,8 @@ INK = 30  # of 255: what differs less from an image's edges is background
 STRAY, ABRUPT = 0.02, 0.75  # shares of a line: of a frame, less; where a frame ends, more
 STRETCHES = (0.8, 1.25), (1.12, 1.4), (1.25, 1.6)  # of other looks: usual, of close characters
 CLOSE = 14  # pixels that a character takes: of fewer, columns miss some
-SURE = 0.9  # confidence that needs no other looks
+SURE, DOUBT = 0.9, 0.5  # confidences below which other looks, and other shapes, are tried
+SHAPES = ((0.3, 0.42, 0.6), 0.55), ((1.25, 1.6, 2.2), 0.72)  # of deformed images; how likely
 # Good files carry more than a megabyte of text or of a colour profile.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**24
 _LOADING = threading.Lock()
@@ -140,16 +141,19 @@ def other_looks(images, readings):
         images: {key: [such arrays]}.
         readings: {key: [the `Reading` of each of them, and maybe later ones]}.
     """
-    for by in STRETCHES if images else ():
+    for usual, close in STRETCHES if images else ():
         yield {
-            key: [_stretched(*view, *by) for view in zip(found, readings[key], strict=False)]
+            key: [
+                stretched(pixels, close if pixels.shape[2] < CLOSE * len(first.text) else usual)
+                for pixels, first in zip(found, readings[key], strict=False)
+            ]
             for key, found in images.items()
         }
 
 
-def _stretched(pixels, reading, usual, close):
-    by = close if pixels.shape[2] < CLOSE * len(reading.text) else usual
-    width = max(1, round(pixels.shape[2] / PATCH * by)) * PATCH
+def stretched(pixels, by):
+    """(3, height, W) uint8 -> the same, about ``by`` times as wide, MAX_WIDTH at most."""
+    width = min(MAX_WIDTH, max(1, round(pixels.shape[2] / PATCH * by)) * PATCH)
     image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     return Preprocess(pixels.shape[1], width)(image)
 
@@ -379,8 +383,7 @@ def find_text_lines(image):
 def _line_rows(ink):
     """[(N,) rows of pixels] of each line of text in (H, W) ink, from the top."""
     height = len(ink)
-    runs = ink[:, 0] + (ink[:, 1:] & ~ink[:, :-1]).sum(1)
-    runs = _moving_mean(runs, min(3, height))
+    runs = _moving_mean(ink[:, 0] + (ink[:, 1:] & ~ink[:, :-1]).sum(1), min(3, height))
     rows = np.flatnonzero(runs > max(2.2, 0.3 * np.percentile(runs, 90)))
     if not len(rows):
         return []
@@ -432,10 +435,9 @@ def look_at(source, find_text=True, preprocess=None):
     import hashlib
 
     image = read_image(source)
-    whole = (0, 0, *image.size), 1
-    (left, top, right, bottom), lines = find_text_lines(image) if find_text else whole
+    box, lines = find_text_lines(image) if find_text else ((0, 0, *image.size), 1)
     digest = hashlib.blake2b(image.tobytes(), digest_size=16).digest()
-    text_size, pixels = (right - left, bottom - top), None
+    text_size, pixels = (box[2] - box[0], box[3] - box[1]), None
     if preprocess:
         with contextlib.suppress(ImageError):  # whether it fits is asked later
             pixels = preprocess(image)
@@ -471,8 +473,7 @@ def fitting_preprocess(sizes, text_sizes, needed, height=None, width=None, trim=
         if close and not width and 48 * ratios.max() <= MAX_WIDTH:
             height = max(height, 48)
     columns = np.maximum(1, np.round(height * ratios / PATCH))
-    tight = np.mean(1.25 * needed > columns)
-    if width or tight <= 0.05:
+    if width or np.mean(1.25 * needed > columns) <= 0.05:
         return Preprocess(height, width, trim)
     longest = np.sort(needed)[int(0.995 * len(needed))]  # not that of a mistaken label
     usual = np.sort(columns)[len(columns) // 2]
@@ -537,14 +538,13 @@ def write_atomically(path, content):
                     raise
                 time.sleep(pause)
     except OSError as error:
-        kind = PermissionError if isinstance(error, PermissionError) else OSError
-        raise kind(f"{path}: cannot be written ({error.strerror}), it is as before") from None
+        problem = f"{path}: cannot be written ({error.strerror}), it is as before"
+        raise type(error)(problem) from None
     finally:
         scratch.unlink(missing_ok=True)
 
 
 def save_picture(path, image):
     """Write a `PIL.Image` as PNG, by `write_atomically`."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    image.save(buffer := io.BytesIO(), "PNG")
     write_atomically(path, buffer.getvalue())

@@ -24,7 +24,6 @@ import sys
 import time
 import warnings
 import weakref
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +31,15 @@ from PIL import Image
 
 from ctc_label_converter import SETTINGS, CTCLabelConverter, surest, vote
 from image import (
+    DOUBT,
     PATCH,
+    SHAPES,
     ImageError,
     Preprocess,
     as_they_come,
     other_looks,
     read_image,
+    stretched,
     write_atomically,
 )
 from keys import command, import_or_say
@@ -347,7 +349,22 @@ class RecInfer:
                 looks[i] += found
         for i, found in looks.items():
             results[i] = vote(found) if i in unsure else surest(found)
+        if self.preprocess.trim is None:  # of one's own images the shape is known
+            for i, reading in self._other_shapes(unsure, results, search):
+                results[i] = surest([results[i], reading])
         return results
+
+    def _other_shapes(self, views, results, search):
+        """(i, `Reading`) of each doubtful image, made far narrower and far wider."""
+        doubtful = {i: found for i, found in views.items() if results[i].confidence < DOUBT}
+        for shape, share in SHAPES:
+            made = {
+                i: [stretched(view, by) for by in shape for view in found]
+                for i, found in doubtful.items()
+            }
+            for i, looks in self._looks(made, search).items():
+                reading = vote(looks)
+                yield i, reading._replace(confidence=share * reading.confidence)
 
     def _looks(self, views, search):
         """{i: a list of `Reading`s} of {i: the views of an image}."""
@@ -420,6 +437,9 @@ def export(weights, out):
     import_or_say("onnxruntime", "the export needs onnxruntime")
     import torch
 
+    from metric import compare
+    from model import metadata
+
     recogniser = _load_checkpoint(weights)
     height, width = recogniser.preprocess.height, recogniser.preprocess.width
     scratch = out.with_name(f"{out.name}.unfinished.onnx")
@@ -443,7 +463,8 @@ def export(weights, out):
         onnx.helper.set_model_props(network, metadata(recogniser))
         store_halves(network)
         onnx.save(network, scratch)
-        compared = compare(RecInfer(weights), RecInfer(scratch))
+        samples = sorted((ROOT / "assets" / "samples").glob("*/*.png"))
+        compared = compare(RecInfer(weights), RecInfer(scratch), samples)
         os.replace(scratch, out)
     except OSError as error:
         raise ValueError(f"{out}: cannot be written ({error.strerror})") from None
@@ -469,17 +490,6 @@ def export_page(weights, out):
         raise ValueError(str(error)) from None
 
 
-def metadata(recogniser):
-    """What an exported file has to say of a `model.Recogniser`, as strings."""
-    told = recogniser.converter.settings()
-    task = {"task": recogniser.task} if recogniser.task else {}
-    return task | {
-        "alphabet": told.pop("alphabet"),
-        **{name: json.dumps(value) for name, value in told.items()},
-        "preprocess": json.dumps(asdict(recogniser.preprocess)),
-    }
-
-
 def store_halves(network):
     """Store tensors that half precision holds exactly as such, with a cast where they are used.
 
@@ -498,23 +508,6 @@ def store_halves(network):
         tensor.CopyFrom(onnx.numpy_helper.from_array(halves, f"{name}_half"))
         cast = onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT)
         network.graph.node.insert(0, cast)
-
-
-def compare(reader, other):
-    """(number of sample images, largest difference of a probability, 0 to 1) of two `RecInfer`s.
-
-    Raises ValueError if a text differs.
-    """
-    difference, paths = 0.0, sorted((ROOT / "assets" / "samples").glob("*/*.png"))
-    for path in paths:
-        one, two = reader.predict(path), other.predict(path)
-        if one.text != two.text:
-            raise ValueError(
-                f"{other.weights}: reads {two.text!r} in {path}, {reader.weights} {one.text!r}"
-            )
-        ours, theirs = ([r.confidence, *r.char_confidences] for r in (one, two))
-        difference = max(difference, float(np.abs(np.subtract(ours, theirs)).max()))
-    return len(paths), difference
 
 
 def main():

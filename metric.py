@@ -92,6 +92,24 @@ def expected_calibration_error(confidences, right, bins=15):
     return sum(map(abs, gaps.values())) / len(confidences)
 
 
+def compare(reader, other, paths):
+    """(number of images, largest difference of a probability, 0 to 1) of two `RecInfer`s.
+
+    Raises ValueError if a text differs.
+    """
+    difference = 0.0
+    for path in paths:
+        one, two = reader.predict(path), other.predict(path)
+        if one.text != two.text:
+            raise ValueError(
+                f"{other.weights}: reads {two.text!r} in {path}, {reader.weights} {one.text!r}"
+            )
+        pairs = zip(one.char_confidences, two.char_confidences, strict=True)
+        parts = [(one.confidence, two.confidence), *pairs]
+        difference = max(difference, *(abs(ours - theirs) for ours, theirs in parts))
+    return len(paths), difference
+
+
 def summary(texts, labels):
     """Word accuracy, its interval and the character error rate, as one line."""
     accuracy = word_accuracy(texts, labels)

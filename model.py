@@ -20,6 +20,7 @@ import argparse
 import atexit
 import base64
 import io
+import json
 import math
 import os
 import pickle
@@ -243,6 +244,17 @@ def save_checkpoint(path, recogniser):
         print(f"warning: {error}; the checkpoint is saved as {path}", file=sys.stderr)
         save_tensors(path, content)
     return path
+
+
+def metadata(recogniser):
+    """What an exported file has to say of a `Recogniser`, as strings."""
+    told = recogniser.converter.settings()
+    task = {"task": recogniser.task} if recogniser.task else {}
+    return task | {
+        "alphabet": told.pop("alphabet"),
+        **{name: json.dumps(value) for name, value in told.items()},
+        "preprocess": json.dumps(asdict(recogniser.preprocess)),
+    }
 
 
 def browser_network(recogniser):

@@ -360,6 +360,24 @@ def test_characters_that_stand_close_are_looked_at_wider(readers):
     assert word_accuracy([reading.text for reading in readings], words) >= 0.9
 
 
+def test_images_that_were_stretched_are_read():
+    """To a common size, maybe: the general network does not know what they were."""
+    words = (ROOT / "assets" / "words.txt").read_text(encoding="utf-8").split()
+    words = [word for word in words if 5 <= len(word) <= 7][:60]
+    font, images = ImageFont.truetype(DEFAULT_FONTS[0], 50), []
+    for word in words:
+        image = Image.new("RGB", (round(font.getlength(word)) + 20, 70), "white")
+        ImageDraw.Draw(image).text((10, 35), word, "black", font, anchor="lm")
+        images.append(image.resize((round(3.3 * image.width), 70)))
+    readings = RecInfer(SHIPPED_WEIGHTS["general"]).predict(images)
+    assert word_accuracy([reading.text for reading in readings], words) >= 0.9
+
+
+def test_an_image_too_wide_for_other_looks_is_read(readers):
+    noise = np.random.default_rng(0).integers(0, 256, (32, 3900, 3), np.uint8)
+    assert readers[0][SURE].predict(noise).confidence < SURE
+
+
 @pytest.mark.parametrize("sure", [0, SURE])
 def test_evaluation_and_training_look_as_a_reader_does(sure, readers, tmp_path):
     """Were its readings right, an evaluation would say so, and a training choose such looks."""
