@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ROOT / "assets" / "samples"
 # Tests run side by side: more threads than that would wait for each other.
 ENVIRONMENT = os.environ | {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
+torch.set_num_threads(1)
 
 
 def run_script(script, *arguments, cwd):
