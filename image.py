@@ -36,7 +36,6 @@ SUFFIXES = (
 # What training and the check write: pictures that are no data.
 NO_FOLDERS, OUR_PICTURES = ("save_model", "__MACOSX"), (".data.png", ".mistakes.png")
 MORE = "more pages"
-ORIENTATION = 0x0112  # the EXIF tag
 PAUSES = (0.05, 0.2, 0.8)  # seconds, while another program may hold a file
 LOOKED_AT = 2**20  # pixels, at most, in which text is looked for
 INK = 30  # of 255: what differs less from an image's edges is background
@@ -44,7 +43,8 @@ STRAY, ABRUPT = 0.02, 0.75  # shares of a line: of a frame, less; where a frame 
 STRETCHES = (0.8, 1.25), (1.12, 1.4), (1.25, 1.6)  # of other looks: usual, of close characters
 CLOSE = 14  # pixels that a character takes: of fewer, columns miss some
 SURE, DOUBT = 0.9, 0.5  # confidences below which other looks, and other shapes, are tried
-SHAPES = ((0.3, 0.42, 0.6), 0.55), ((1.25, 1.6, 2.2), 0.72)  # of deformed images; how likely
+# Looks at what was stretched or squeezed; how likely it was; what pixels a character takes then.
+SHAPES = ((0.3, 0.42, 0.6), 0.55, (14, math.inf)), ((1.25, 1.6, 2.2), 0.72, (0, 22))
 # Good files carry more than a megabyte of text or of a colour profile.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**24
 _LOADING = threading.Lock()
@@ -260,7 +260,7 @@ def _to_rgb(image):
         raise ImageError(f"has {size}, at least 2x2 are needed")
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(f"has {size}, more than {MAX_PIXELS:,} are refused")
-    if image.getexif().get(ORIENTATION, 1) != 1:
+    if image.getexif().get(0x0112, 1) != 1:  # its orientation
         from PIL import ImageOps
 
         image = ImageOps.exif_transpose(image)

@@ -31,7 +31,6 @@ from PIL import Image
 
 from ctc_label_converter import SETTINGS, CTCLabelConverter, surest, vote
 from image import (
-    CLOSE,
     DOUBT,
     PATCH,
     SHAPES,
@@ -356,17 +355,14 @@ class RecInfer:
         return results
 
     def _other_shapes(self, views, results, search):
-        """(i, `Reading`) of each doubtful image, made far wider, and far narrower.
-
-        The second not where characters stand close: such were not stretched.
-        """
+        """(i, `Reading`) of each doubtful image, made far narrower or far wider."""
         doubtful = {i: found for i, found in views.items() if results[i].confidence < DOUBT}
-        close = {i for i in doubtful if views[i][-1].shape[2] < CLOSE * len(results[i].text)}
-        for shape, share in SHAPES:
+        room = {i: views[i][-1].shape[2] / max(1, len(results[i].text)) for i in doubtful}
+        for shape, share, (least, most) in SHAPES:
             made = {
                 i: [stretched(view, by) for by in shape for view in found]
                 for i, found in doubtful.items()
-                if shape[0] > 1 or i not in close
+                if least <= room[i] < most
             }
             for i, looks in self._looks(made, search).items():
                 reading = vote(looks)
