@@ -42,8 +42,8 @@ INK = 30  # of 255: what differs less from an image's edges is background
 STRAY, ABRUPT = 0.02, 0.75  # shares of a line: of a frame, less; where a frame ends, more
 STRETCHES = (0.8, 1.25), (1.12, 1.4), (1.25, 1.6)  # of other looks: usual, of close characters
 CLOSE = 14  # pixels that a character takes: of fewer, columns miss some
-SURE, DOUBT = 0.9, 0.5  # confidences below which other looks, and other shapes, are tried
-# Looks at what was stretched or squeezed; how likely it was; what pixels a character takes then.
+SURE, DOUBT, BELIEVED = 0.9, 0.5, 0.05  # less asks for other looks, other shapes; these need it
+# Looks at what was stretched or squeezed, how likely that is, pixels that a character takes then.
 SHAPES = ((0.3, 0.42, 0.6), 0.55, (14, math.inf)), ((1.25, 1.6, 2.2), 0.72, (0, 22))
 # Good files carry more than a megabyte of text or of a colour profile.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**24

@@ -31,6 +31,7 @@ from PIL import Image
 
 from ctc_label_converter import SETTINGS, CTCLabelConverter, surest, vote
 from image import (
+    BELIEVED,
     DOUBT,
     PATCH,
     SHAPES,
@@ -366,7 +367,8 @@ class RecInfer:
             }
             for i, looks in self._looks(made, search).items():
                 reading = vote(looks)
-                yield i, reading._replace(confidence=share * reading.confidence)
+                if share * reading.confidence >= BELIEVED:
+                    yield i, reading._replace(confidence=share * reading.confidence)
 
     def _looks(self, views, search):
         """{i: a list of `Reading`s} of {i: the views of an image}."""
