@@ -75,7 +75,7 @@ def measure_reader(reader, samples):
     batch = samples[:BATCH_SIZE]
     if reader.task == "general":  # whose images are of any size
         batch = [read_image(data).resize(SIZE) for data in batch]
-    pixels = np.stack([reader._pixels(image, "")[0] for image in batch])
+    pixels = np.stack([reader.preprocess(read_image(image)) for image in batch])
     one = network_alone(reader, pixels[:1])
     network = milliseconds(lambda i: one(), 400)
     whole = milliseconds(lambda i: reader.predict(samples[i % len(samples)]), 400)
