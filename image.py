@@ -36,15 +36,14 @@ SUFFIXES = (
 # What training and the check write: pictures that are no data.
 NO_FOLDERS, OUR_PICTURES = ("save_model", "__MACOSX"), (".data.png", ".mistakes.png")
 MORE = "more pages"
+ORIENTATION = 0x0112  # the EXIF tag
 PAUSES = (0.05, 0.2, 0.8)  # seconds, while another program may hold a file
 LOOKED_AT = 2**20  # pixels, at most, in which text is looked for
 INK = 30  # of 255: what differs less from an image's edges is background
 STRAY, ABRUPT = 0.02, 0.75  # shares of a line: of a frame, less; where a frame ends, more
 STRETCHES = (0.8, 1.25), (1.12, 1.4), (1.25, 1.6)  # of other looks: usual, of close characters
 CLOSE = 14  # pixels that a character takes: of fewer, columns miss some
-SURE, DOUBT, BELIEVED = 0.9, 0.5, 0.05  # less asks for other looks, other shapes; these need it
-# Looks at what was stretched or squeezed, how likely that is, pixels that a character takes then.
-SHAPES = ((0.3, 0.42, 0.6), 0.55, (14, math.inf)), ((1.25, 1.6, 2.2), 0.72, (0, 22))
+SURE = 0.9  # confidence that needs no other looks
 # Good files carry more than a megabyte of text or of a colour profile.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**24
 _LOADING = threading.Lock()
@@ -96,7 +95,7 @@ class Preprocess:
             return [self(image)]
         image = image.crop(panel_box(image))
         found = [self(image)]
-        left, top, right, bottom = box = text_box(image)
+        left, top, right, bottom = box = text_box(image)  # maybe in a frame within the frame
         if (right - left) * (bottom - top) < image.width * image.height / 2:
             with contextlib.suppress(ImageError):  # a line found as text may be too long
                 found.append(self(image.crop(box)))
@@ -260,7 +259,7 @@ def _to_rgb(image):
         raise ImageError(f"has {size}, at least 2x2 are needed")
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(f"has {size}, more than {MAX_PIXELS:,} are refused")
-    if image.getexif().get(0x0112, 1) != 1:  # its orientation
+    if image.getexif().get(ORIENTATION, 1) != 1:
         from PIL import ImageOps
 
         image = ImageOps.exif_transpose(image)
@@ -300,22 +299,22 @@ def _small(image):
     return np.asarray(image.reduce(scale) if scale > 1 else image).astype(np.int16), scale
 
 
-def _unlike(pixels, corner):
-    """(H, W) bool: what differs from the first pixel or, if ``corner`` is -1, the last one."""
-    return np.abs(pixels - pixels[corner, corner]).max(2) > INK
+def _unlike(pixels, colour):
+    """(H, W) bool: which of (H, W, 3) int16 pixels differ from a colour."""
+    return np.abs(pixels - colour).max(2) > INK
 
 
 def panel_box(image):
     """Where an RGB `PIL.Image` is without frames, as (left, top, right, bottom) for its `crop`.
 
     Frames, as of screens or of what was made as wide as others, have one colour and end
-    everywhere at once, where text on its own ground ends here and there.
+    everywhere at once, as text on its own ground does not. An empty bar may be a letter.
     """
     pixels, scale = _small(image)
     left, top, right, bottom = 0, 0, pixels.shape[1], pixels.shape[0]
     for corner in (0, -1):  # a frame may be on one side only
         part = pixels[top:bottom, left:right]
-        other = _unlike(part, corner)
+        other = _unlike(part, part[corner, corner])
         rows, columns = (np.flatnonzero(other.mean(axis) > STRAY) for axis in (1, 0))
         if min(len(rows), len(columns)) < 8:
             continue
@@ -326,7 +325,7 @@ def panel_box(image):
             (c < other.shape[1], inner[:, -3:].mean(0)), (d < len(other), inner[-3:].mean(1)),
         )  # fmt: skip
         ends = [shares.max() for is_cut, shares in sides if is_cut]
-        text = _unlike(part[b + 2 : d - 2, a + 2 : c - 2], 0)  # a bar without may be a letter
+        text = _unlike(part[b + 2 : d - 2, a + 2 : c - 2], part[b + 2, a + 2])
         if ends and min(ends) > ABRUPT and text.mean() > STRAY:
             left, top, right, bottom = left + a, top + b, left + c, top + d
     right, bottom = min(image.width, right * scale), min(image.height, bottom * scale)
@@ -358,7 +357,7 @@ def find_text_lines(image):
     height, width = pixels.shape[:2]
     edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     ground = np.median(edges, axis=0).astype(np.int16)
-    ink = np.abs(pixels - ground).max(2) > INK
+    ink = _unlike(pixels, ground)
     lines = _line_rows(ink)
     if not lines:
         return whole

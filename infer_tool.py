@@ -19,6 +19,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports: an end without a traceb
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -31,10 +32,8 @@ from PIL import Image
 
 from ctc_label_converter import SETTINGS, CTCLabelConverter, surest, vote
 from image import (
-    BELIEVED,
-    DOUBT,
+    CLOSE,
     PATCH,
-    SHAPES,
     ImageError,
     Preprocess,
     as_they_come,
@@ -59,6 +58,9 @@ OPERATORS = {
 }  # fmt: skip
 QUICK = 5e-4  # seconds for an image, below which threads wait for each other
 INPUT = "images"  # name of its input
+DOUBT, BELIEVED = 0.5, 0.05  # confidence that needs no other shapes, and that these have at least
+# Looks at what was stretched or squeezed, how likely that is, pixels that a character takes then.
+SHAPES = ((0.3, 0.42, 0.6), 0.55, (CLOSE, math.inf)), ((1.25, 1.6, 2.2), 0.72, (0, 22))
 MAX_LOGITS = 2**23  # numbers of a batch, at most
 BATCH_SIZE = 64  # images per forward pass; 256 large ones leave the cache and take twice as long
 

@@ -1,6 +1,7 @@
 """Reading: all kinds of input alike, neighbours without influence, with and without PyTorch."""
 
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -347,28 +348,33 @@ def test_what_is_unsure_is_read_at_other_widths_too(readers):
         assert found.confidence == pytest.approx(expected.confidence, abs=1e-5)
 
 
+def words_of(least, most):
+    """Words of the project's list, of so many characters."""
+    words = (ROOT / "assets" / "words.txt").read_text(encoding="utf-8").split()
+    return [word for word in words if least <= len(word) <= most]
+
+
+def drawn(word, size, margin, height):
+    """A word in the captcha package's font, in the middle of an image."""
+    font = ImageFont.truetype(DEFAULT_FONTS[0], size)
+    image = Image.new("RGB", (round(font.getlength(word)) + 2 * margin, height), "white")
+    ImageDraw.Draw(image).text((margin, height / 2), word, "black", font, anchor="lm")
+    return image
+
+
 def test_characters_that_stand_close_are_looked_at_wider(readers):
     """In columns of 4 pixels i and l get lost where a character has 6."""
-    words = (ROOT / "assets" / "words.txt").read_text(encoding="utf-8").split()
-    words = [word for word in words if len(word) >= 8]
-    font, images = ImageFont.truetype(DEFAULT_FONTS[0], 28), []
-    for word in words:
-        image = Image.new("RGB", (round(font.getlength(word)) + 12, 40), "white")
-        ImageDraw.Draw(image).text((6, 20), word, "black", font, anchor="lm")
-        images.append(image.resize((6 * len(word) + 8, 32)))
+    words = words_of(8, math.inf)
+    images = [drawn(word, 28, 6, 40).resize((6 * len(word) + 8, 32)) for word in words]
     readings = readers[0][SURE].predict(images)
     assert word_accuracy([reading.text for reading in readings], words) >= 0.9
 
 
 def test_images_that_were_stretched_are_read():
     """To a common size, maybe: the general network does not know what they were."""
-    words = (ROOT / "assets" / "words.txt").read_text(encoding="utf-8").split()
-    words = [word for word in words if 5 <= len(word) <= 7][:60]
-    font, images = ImageFont.truetype(DEFAULT_FONTS[0], 50), []
-    for word in words:
-        image = Image.new("RGB", (round(font.getlength(word)) + 20, 70), "white")
-        ImageDraw.Draw(image).text((10, 35), word, "black", font, anchor="lm")
-        images.append(image.resize((round(3.3 * image.width), 70)))
+    words = words_of(5, 7)[:60]
+    images = [drawn(word, 50, 10, 70) for word in words]
+    images = [image.resize((round(3.3 * image.width), 70)) for image in images]
     readings = RecInfer(SHIPPED_WEIGHTS["general"]).predict(images)
     assert word_accuracy([reading.text for reading in readings], words) >= 0.9
 
