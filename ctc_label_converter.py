@@ -15,8 +15,6 @@ BLANK = 0  # the class of the CTC blank
 WORDS = 500  # of a lexicon that are compared at a time
 SHORT = 30  # characters up to which `short_text_probability` is the faster one
 SETTINGS = ("alphabet", "temperature", "length", "right_to_left", "expect_kinds")
-# Below 1 only a little: a network that read every test image right would ask for 0.
-TEMPERATURES = tuple(round(0.7 * 1.1**i, 3) for i in range(15))
 MARKS = " -.,'&/"
 # Where texts of the usual kinds are to be expected: how much more than others those of these
 # characters weigh, of several the last. What looks as much like "loo" as like "100" is a number.
@@ -347,27 +345,6 @@ class CTCLabelConverter:
         if self.right_to_left:
             words = [reordered(word)[0] for word in words]
         return [(words[i], float(scores[i])) for i in np.argsort(-scores, kind="stable")]
-
-
-def fit_temperature(converter, batches, fold=str):
-    """The one of TEMPERATURES with which confidences fit best how often texts are right.
-
-    The fit is the likelihood of right and wrong, given the confidences of whole texts.
-
-    Args:
-        converter: a `CTCLabelConverter`, whose own temperature plays no part.
-        batches: an iterable of (logits (N, T, nclass), columns (N,), labels).
-        fold: what is done to a text before it is compared with its label.
-    """
-    scaled = [converter.replaced(temperature=temperature) for temperature in TEMPERATURES]
-    loss = dict.fromkeys(TEMPERATURES, 0.0)
-    for logits, columns, labels in batches:
-        for own in scaled:
-            for reading, label in zip(own.decode(logits, columns), labels, strict=True):
-                right = fold(reading.text) == label
-                share = reading.confidence if right else 1 - reading.confidence
-                loss[own.temperature] -= math.log(max(share, 1e-9))
-    return min(loss, key=loss.get)
 
 
 def softmax(logits):

@@ -23,7 +23,7 @@ import sys
 import threading
 import unicodedata
 from collections import Counter, defaultdict
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -414,31 +414,6 @@ def font_files(folders):
     """Paths of the TrueType and OpenType fonts in some folders, searched in depth, in order."""
     folders = [Path(folder).expanduser() for folder in folders]
     return [str(path) for folder in folders for path in sorted(folder.rglob("*.[to]t[fc]"))]
-
-
-@cache
-def system_fonts():
-    """Paths of the fonts of this machine, those with most scripts first."""
-    return [*filter(os.path.exists, CHINESE_FONTS), *font_files(FONT_FOLDERS)]
-
-
-@cache
-def caption_font(text):
-    """(font, text) to show a caption with: escapes stand for what no font here can show."""
-    from PIL import ImageFont  # which reading does not need
-
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    font = ImageFont.load_default(14)
-    if text.isascii() or not lacking(font, text):
-        return font, text
-    for path in system_fonts():
-        try:
-            font = ImageFont.truetype(path, 15)
-            if not lacking(font, text):
-                return font, text
-        except (OSError, ValueError):  # a broken one
-            continue
-    return ImageFont.load_default(14), ascii(text)[1:-1]
 
 
 def load_font(path, size):

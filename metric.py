@@ -5,16 +5,20 @@ Accuracy, its interval, error rate, confusions, calibration; curves and mistakes
 
 import io
 import math
+import os
 import sys
 from collections import Counter
 from difflib import SequenceMatcher
+from functools import cache
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
 from image import read_image, save_picture, write_atomically
-from keys import caption_font, import_or_say
+from keys import CHINESE_FONTS, FONT_FOLDERS, font_files, import_or_say, lacking
 
+# Below 1 only a little: a network that read every test image right would ask for 0.
+TEMPERATURES = tuple(round(0.7 * 1.1**i, 3) for i in range(15))
 CURVES_PAUSE = 60  # seconds; drawing them takes longer than an epoch may
 MISTAKES = 40  # images on the sheet of mistakes
 SHEET_IMAGE = (320, 96)  # pixels of an image on a contact sheet, at most
@@ -90,6 +94,27 @@ def expected_calibration_error(confidences, right, bins=15):
     for confidence, is_right in zip(confidences, right, strict=True):
         gaps[min(int(confidence * bins), bins - 1)] += confidence - is_right
     return sum(map(abs, gaps.values())) / len(confidences)
+
+
+def fit_temperature(converter, batches, fold=str):
+    """The one of TEMPERATURES with which confidences fit best how often texts are right.
+
+    The fit is the likelihood of right and wrong, given the confidences of whole texts.
+
+    Args:
+        converter: a `CTCLabelConverter`, whose own temperature plays no part.
+        batches: an iterable of (logits (N, T, nclass), columns (N,), labels).
+        fold: what is done to a text before it is compared with its label.
+    """
+    scaled = [converter.replaced(temperature=temperature) for temperature in TEMPERATURES]
+    loss = dict.fromkeys(TEMPERATURES, 0.0)
+    for logits, columns, labels in batches:
+        for own in scaled:
+            for reading, label in zip(own.decode(logits, columns), labels, strict=True):
+                right = fold(reading.text) == label
+                share = reading.confidence if right else 1 - reading.confidence
+                loss[own.temperature] -= math.log(max(share, 1e-9))
+    return min(loss, key=loss.get)
 
 
 def compare(reader, other, paths):
@@ -169,6 +194,31 @@ def _shortened(text, font):
     while font.getlength(f"{text}...") > SHEET_IMAGE[0]:
         text = text[:-1]
     return f"{text}..."
+
+
+@cache
+def system_fonts():
+    """Paths of the fonts of this machine, those with most scripts first."""
+    return [*filter(os.path.exists, CHINESE_FONTS), *font_files(FONT_FOLDERS)]
+
+
+@cache
+def caption_font(text):
+    """(font, text) to show a caption with: escapes stand for what no font here can show."""
+    from PIL import ImageFont  # which reading does not need
+
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    font = ImageFont.load_default(14)
+    if text.isascii() or not lacking(font, text):
+        return font, text
+    for path in system_fonts():
+        try:
+            font = ImageFont.truetype(path, 15)
+            if not lacking(font, text):
+                return font, text
+        except (OSError, ValueError):  # a broken one
+            continue
+    return ImageFont.load_default(14), ascii(text)[1:-1]
 
 
 def contact_sheet(images, captions, columns=8, colours=None):

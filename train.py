@@ -56,7 +56,7 @@ from collatefn import (
     start_processes,
     training_loader,
 )
-from ctc_label_converter import fit_temperature, vote
+from ctc_label_converter import vote
 from dataset import DataOptions, case_folding, data_sheet
 from image import SURE, other_looks, save_picture
 from infer_tool import RecInfer, latest_weights, written_weights
@@ -251,13 +251,13 @@ def choose_looks(recogniser, plan, batches, device):
 
 
 def calibrate(recogniser, batches, device, fold=str):
-    """A `model.Recogniser` with the temperature that fits ``batches``, see `fit_temperature`."""
+    """A `model.Recogniser` with the temperature of `metric.fit_temperature` for ``batches``."""
     read = (
         (logits.cpu().numpy(), batch.columns.numpy(), batch.labels)
         for batch, logits in logits_of(recogniser, batches, device)
     )
     converter = recogniser.converter
-    fitted = converter.replaced(temperature=fit_temperature(converter, read, fold))
+    fitted = converter.replaced(temperature=metric.fit_temperature(converter, read, fold))
     return replace(recogniser, converter=fitted)
 
 

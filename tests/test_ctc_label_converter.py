@@ -9,12 +9,10 @@ import pytest
 from ctc_label_converter import (
     BLANK,
     KINDS,
-    TEMPERATURES,
     CTCLabelConverter,
     Reading,
     Search,
     columns_needed,
-    fit_temperature,
     length_range,
     softmax,
     vote,
@@ -173,22 +171,6 @@ def test_constraints_that_admit_nothing_are_refused(logits):
 
 def test_columns_needed():
     assert [columns_needed(label) for label in ("a", "ab", "aa", "aaa", "abba")] == [1, 2, 3, 5, 5]
-
-
-def test_the_temperature_makes_confidences_as_likely_as_texts_are_right():
-    """Logits made too sure by some factor are divided by it again."""
-    rng = np.random.default_rng(0)
-    probs = rng.dirichlet([0.15] * 4, (3000, 1))  # one column: its best class is the text
-    classes = [rng.choice(4, p=p[0]) for p in probs]
-    labels = ["".join(ALPHABET[k - 1] for k in [k] if k != BLANK) for k in classes]
-    converter = CTCLabelConverter(ALPHABET)
-    for factor in (TEMPERATURES[3], TEMPERATURES[8]):
-        batches = [(np.log(probs[:1000]) * factor, [1] * 1000, labels[:1000])]
-        batches += [(np.log(probs[1000:]) * factor, [1] * 2000, labels[1000:])]
-        batches = [(logits, np.array(columns), own) for logits, columns, own in batches]
-        assert fit_temperature(converter, batches) == pytest.approx(factor, rel=0.11)
-        upper = [(*rest, [label.upper() for label in own]) for *rest, own in batches]
-        assert fit_temperature(converter, upper, str.upper) == fit_temperature(converter, batches)
 
 
 def test_a_range_of_lengths():

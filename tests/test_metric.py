@@ -1,17 +1,21 @@
 """Word accuracy and character error rate, tables and pictures."""
 
+import numpy as np
 import pytest
 from helpers import picture
 from PIL import ImageFont
 
-from keys import caption_font
+from ctc_label_converter import CTCLabelConverter
 from metric import (
+    TEMPERATURES,
     EpochResult,
     best_epoch,
+    caption_font,
     character_error_rate,
     confusions,
     contact_sheet,
     edit_distance,
+    fit_temperature,
     save_progress,
     wilson_interval,
     word_accuracy,
@@ -80,3 +84,19 @@ def test_captions_of_any_script_are_shown_or_escaped():
     for text in texts:
         font, shown = caption_font(text)
         assert all(bytes(font.getmask(character)) != missing for character in shown)
+
+
+def test_the_temperature_makes_confidences_as_likely_as_texts_are_right():
+    """Logits made too sure by some factor are divided by it again."""
+    rng = np.random.default_rng(0)
+    probs = rng.dirichlet([0.15] * 4, (3000, 1))  # one column: its best class is the text
+    classes = [rng.choice(4, p=p[0]) for p in probs]
+    labels = ["".join("ab1"[k - 1] for k in [k] if k) for k in classes]
+    converter = CTCLabelConverter("ab1")
+    for factor in (TEMPERATURES[3], TEMPERATURES[8]):
+        batches = [(np.log(probs[:1000]) * factor, [1] * 1000, labels[:1000])]
+        batches += [(np.log(probs[1000:]) * factor, [1] * 2000, labels[1000:])]
+        batches = [(logits, np.array(columns), own) for logits, columns, own in batches]
+        assert fit_temperature(converter, batches) == pytest.approx(factor, rel=0.11)
+        upper = [(*rest, [label.upper() for label in own]) for *rest, own in batches]
+        assert fit_temperature(converter, upper, str.upper) == fit_temperature(converter, batches)
