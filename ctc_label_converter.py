@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keys import check_alphabet, reordered
+from keys import as_usual, check_alphabet, reordered
 
 BLANK = 0  # the class of the CTC blank
 WORDS = 500  # of a lexicon that are compared at a time
@@ -27,6 +27,8 @@ KINDS = {
     string.digits + ".,:-/ ": 20.0,
     string.digits: 600.0,
 }
+# A gap of so many usual ones makes a space so much more probable, in texts of so many characters.
+GAP, SPACE, SPACED = 1.3, 12.0, 6
 
 
 class Reading(NamedTuple):
@@ -249,7 +251,8 @@ class CTCLabelConverter:
         return Reading(text, float(confidence), confidences)
 
     def _decode_expecting_kinds(self, probs):
-        """`decode` of one image's (T, nclass) probabilities, with texts weighed by `KINDS`."""
+        """`decode` of one image's (T, nclass): the best of texts `as_usual`, weighed by `KINDS`."""
+        probs = self._with_spaces(probs)
         plain = self._decode_one(probs)
         found = {plain.text: (plain, 1.0)}
         for own, classes, weight in self._kinds:
@@ -259,9 +262,26 @@ class CTCLabelConverter:
                 found[reading.text] = reading, weight
         # That of all texts together, if those that were not found weigh 1.
         total = 1 + sum((weight - 1) * reading.confidence for reading, weight in found.values())
-        shares = {text: weight * r.confidence / total for text, (r, weight) in found.items()}
+        shares, readings = defaultdict(float), {}
+        for reading, weight in sorted(found.values(), key=lambda own: own[0].confidence * own[1]):
+            text = as_usual(reading.text)
+            shares[text] += weight * reading.confidence / total
+            readings[text] = reading
         best = max(shares, key=shares.get)
-        return found[best][0]._replace(confidence=shares.pop(best), rivals=tuple(shares.items()))
+        share = min(1.0, shares.pop(best))
+        return readings[best]._replace(text=best, confidence=share, rivals=tuple(shares.items()))
+
+    def _with_spaces(self, probs):
+        """(T, nclass) probabilities, a space more probable in gaps that are wider than others."""
+        space, classes = self._class_of.get(" ", BLANK), probs.argmax(1)
+        begins = (classes != BLANK) & (classes != space) & (np.diff(classes, prepend=BLANK) != 0)
+        [begins] = begins.nonzero()
+        gaps = np.diff(begins)
+        if space == BLANK or len(begins) < SPACED:
+            return probs
+        probs, wide = probs.copy(), np.repeat(gaps > GAP * np.median(gaps), gaps)
+        probs[begins[0] : begins[-1], space][wide] *= SPACE
+        return probs / probs.sum(1, keepdims=True)
 
     def _turned(self, readings):
         """`Reading`s in the order in which their texts are written."""

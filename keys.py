@@ -66,6 +66,9 @@ LOOK_ALIKES = dict(
         strict=True,
     )
 )
+SAME_IN_BOTH = frozenset("cosuvwxz")
+NUMBER = re.compile(r"\b(?=\w*\d\w*\d)[\doOlI]*[\doO]\b", re.ASCII)
+DIGITS = str.maketrans("oOlI", "0011")
 
 
 def _unquoted(text):
@@ -99,6 +102,27 @@ def oddities(text):
 def is_right_to_left(text):
     """Whether ``text`` has letters that are written from right to left."""
     return any(unicodedata.bidirectional(character) in ("R", "AL") for character in text)
+
+
+def as_usual(text):
+    """A text with look-alikes as those beside them: 1O05 becomes 1005, SeCret Secret.
+
+    What may be a number of two digits is one, unless it ends in l, as 10l. Of a word the letters
+    SAME_IN_BOTH cases have that of the others, but for the first, where two tell it.
+    """
+    text = NUMBER.sub(lambda found: found[0].translate(DIGITS), text)
+    return re.sub("[A-Za-z]+", lambda found: _in_one_case(found[0]), text)
+
+
+def _in_one_case(word):
+    """`as_usual` of letters in a row."""
+    first, rest = word[0], word[1:]
+    sure = "".join([c for c in rest if c.lower() not in SAME_IN_BOTH])
+    if len(sure) < 2 or not (sure.islower() or sure.isupper()):
+        return word
+    if sure.islower():
+        return first + rest.lower()
+    return (first.upper() if first in SAME_IN_BOTH else first) + rest.upper()
 
 
 def reordered(text):

@@ -251,3 +251,18 @@ def test_several_readings_of_an_image_vote():
     one, two = Reading("No", 0.6, [1, 1], (), (("NO", 0.3),)), Reading("NO", 0.5, [1, 1])
     text, confidence, _, others, _ = vote([one, two])
     assert (text, confidence, others) == ("NO", pytest.approx(0.4), ())
+
+
+def test_a_gap_between_words_is_read_as_a_space():
+    """Where nothing else expects one: a network of one's own has seen its spaces."""
+    alphabet = ALPHABET + " "
+    probs = np.full((1, 40, len(alphabet) + 1), 0.002)
+    probs[..., alphabet.index(" ") + 1] = 0.1
+    for column, k in zip((2, 5, 8, 11, 18, 21, 24, 27), (1, 2) * 4, strict=True):
+        probs[0, column, k] = 9.0
+    probs[..., BLANK] = 0.5
+    logits = np.log(probs / probs.sum(2, keepdims=True))
+    assert CTCLabelConverter(alphabet, expect_kinds=True).decode(logits)[0].text == "abab abab"
+    assert CTCLabelConverter(alphabet).decode(logits)[0].text == "abababab"
+    few = logits[:, 8:22]  # of four characters nobody knows which gap is usual
+    assert CTCLabelConverter(alphabet, expect_kinds=True).decode(few)[0].text == "abab"

@@ -370,6 +370,13 @@ def test_characters_that_stand_close_are_looked_at_wider(readers):
     assert word_accuracy([reading.text for reading in readings], words) >= 0.9
 
 
+def test_printed_lines_are_read_with_their_spaces():
+    rng, words = random.Random(0), words_of(3, 8)
+    texts = [" ".join(rng.choices(words, k=rng.randint(3, 5))) for _ in range(40)]
+    readings = RecInfer(SHIPPED_WEIGHTS["general"]).predict([drawn(t, 22, 6, 34) for t in texts])
+    assert word_accuracy([reading.text for reading in readings], texts) >= 0.95
+
+
 def test_images_that_were_stretched_are_read():
     """To a common size, maybe: the general network does not know what they were."""
     words = words_of(5, 7)[:60]

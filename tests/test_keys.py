@@ -1,8 +1,19 @@
 """Alphabets by name and from files."""
 
+import random
+import string
+
 import pytest
 
-from keys import ALPHABETS, check_alphabet, load_alphabet, normalised, oddities, reordered
+from keys import (
+    ALPHABETS,
+    as_usual,
+    check_alphabet,
+    load_alphabet,
+    normalised,
+    oddities,
+    reordered,
+)
 
 
 def test_named_alphabets():
@@ -91,3 +102,31 @@ def test_texts_from_right_to_left_are_turned_and_back(text, looks):
     turned, places = reordered(looks)
     assert turned == text
     assert [looks[place] for place in places] == list(text)
+
+
+@pytest.mark.parametrize(
+    ("read", "usual"),
+    [
+        ("1O05", "1005"),
+        ("No. l4I3-o2 2O18", "No. 1413-o2 2018"),
+        ("10l", "10l"),  # litres
+        ("lO", "lO"),
+        ("A1O", "A1O"),
+        ("AMoUNT SeCret", "AMOUNT Secret"),
+        ("cHURCH Church iPhone Macdonald's McDonald", "CHURCH Church iPhone Macdonald's McDonald"),
+        ("sO", "sO"),
+    ],
+)
+def test_characters_that_look_alike_go_with_their_neighbours(read, usual):
+    assert as_usual(read) == usual
+
+
+def test_nothing_but_look_alikes_is_changed():
+    rng, looks = random.Random(0), str.maketrans("oOlI", "0011")
+    for _ in range(3000):
+        text = "".join(rng.choices("0011oOlIsScC" + string.ascii_letters + " .-", k=9))
+        usual = as_usual(text)
+        for before, after in zip(text, usual, strict=True):
+            is_case = before.swapcase() == after and before.lower() in "cosuvwxz"
+            assert before == after or is_case or before.translate(looks) == after
+        assert as_usual(usual) == usual
