@@ -23,6 +23,9 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 SORTED = 8  # batches' worth of images that are sorted by width at a time
 SHIFT_X, SHIFT_Y = 2, 1  # pixels that a training batch is moved by, at most
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+# Columns of an evaluated batch, PATCH pixels wide, times their rows, at most: of more, what a layer
+# of 160 channels makes takes over 32 MB, which glibc maps anew, page by page, each time.
+MAX_COLUMN_ROWS = 200_000
 BEND = 1.2  # pixels, the standard deviation of how far a bend moves what it bends
 
 
@@ -268,12 +271,13 @@ def training_loader(checked, converter, device, *, order, batch_size, memory=Non
 
 def evaluation_loader(checked, samples, converter, rank=0, world=1):
     """A DataLoader over this process's share of some samples, similar widths in a batch."""
-    widths = checked.widths(samples)
+    widths, height = checked.widths(samples), checked.preprocess.height
     batches = [[]]
     for i in sorted(range(len(samples)), key=widths.__getitem__)[rank::world]:
         # As a reader does, for the same reason; the last one is the widest.
-        logits = (len(batches[-1]) + 1) * widths[i] // PATCH * converter.nclass
-        if batches[-1] and (len(batches[-1]) == BATCH_SIZE or logits > MAX_LOGITS):
+        columns = (len(batches[-1]) + 1) * widths[i] // PATCH
+        many = columns * converter.nclass > MAX_LOGITS or columns * height > MAX_COLUMN_ROWS
+        if batches[-1] and (len(batches[-1]) == BATCH_SIZE or many):
             batches.append([])
         batches[-1].append(i)
     return DataLoader(

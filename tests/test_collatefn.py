@@ -7,18 +7,20 @@ import torch
 
 from collatefn import (
     AUGMENTATIONS,
+    MAX_COLUMN_ROWS,
     Collate,
     EpochOrder,
     OnDevice,
     TextImageDataset,
     affine_grid,
     clamped_sample,
+    evaluation_loader,
     grid_sample,
     machine_memory,
 )
 from ctc_label_converter import CTCLabelConverter
 from dataset import DataOptions, check
-from image import Preprocess
+from image import PATCH, Preprocess
 
 
 def test_an_epoch_has_each_image_once_whatever_the_number_of_processes():
@@ -60,6 +62,14 @@ def test_images_on_the_device_make_the_same_batches(digits):
         assert torch.equal(one, other)
     assert ours[4:] == theirs[4:]
     assert (ours.indices, ours.whole) == (indices, 3)
+
+
+def test_wide_images_are_evaluated_in_small_batches(digits):
+    checked = check(digits, DataOptions(height=48, width=2048), ["test"])
+    loader = evaluation_loader(checked, checked.test, CTCLabelConverter(checked.alphabet))
+    sizes = [batch.images.shape for batch in loader]
+    assert sum(size[0] for size in sizes) == len(checked.test)
+    assert max(size[0] * size[2] * size[3] / PATCH for size in sizes) <= MAX_COLUMN_ROWS
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
