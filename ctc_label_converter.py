@@ -131,8 +131,9 @@ class CTCLabelConverter:
         length: characters that every text has, at least 1; None for any number.
         right_to_left: whether texts have letters that are written so: the network reads
             from left to right, and texts are turned on their way to it and back.
-        expect_kinds: whether `decode` weighs texts by `KINDS`: for networks that read
-            whatever there is, where a network of one's own has seen what to expect.
+        expect_kinds: whether `decode` expects spaces in wide gaps, and texts `as_usual` and
+            of `KINDS`: for networks that read whatever there is, where a network of one's
+            own has seen what to expect.
 
     Raises ValueError for another alphabet, temperature or length.
     """
@@ -276,9 +277,9 @@ class CTCLabelConverter:
         space, classes = self._class_of.get(" ", BLANK), probs.argmax(1)
         begins = (classes != BLANK) & (classes != space) & (np.diff(classes, prepend=BLANK) != 0)
         [begins] = begins.nonzero()
-        gaps = np.diff(begins)
         if space == BLANK or len(begins) < SPACED:
             return probs
+        gaps = np.diff(begins)
         probs, wide = probs.copy(), np.repeat(gaps > GAP * np.median(gaps), gaps)
         probs[begins[0] : begins[-1], space][wide] *= SPACE
         return probs / probs.sum(1, keepdims=True)

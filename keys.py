@@ -66,7 +66,7 @@ LOOK_ALIKES = dict(
         strict=True,
     )
 )
-SAME_IN_BOTH = frozenset("cosuvwxz")
+SAME_IN_BOTH = frozenset("cosuvwxz")  # cases, but for their size
 NUMBER = re.compile(r"\b(?=\w*\d\w*\d)[\doOlI]*[\doO]\b", re.ASCII)
 DIGITS = str.maketrans("oOlI", "0011")
 
