@@ -264,7 +264,7 @@ class CTCLabelConverter:
         # That of all texts together, if those that were not found weigh 1.
         total = 1 + sum((weight - 1) * reading.confidence for reading, weight in found.values())
         shares, readings = defaultdict(float), {}
-        for reading, weight in sorted(found.values(), key=lambda own: own[0].confidence * own[1]):
+        for reading, weight in sorted(found.values(), key=lambda f: f[0].confidence * f[1]):
             text = as_usual(reading.text)
             shares[text] += weight * reading.confidence / total
             readings[text] = reading

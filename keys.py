@@ -66,7 +66,7 @@ LOOK_ALIKES = dict(
         strict=True,
     )
 )
-SAME_IN_BOTH = frozenset("cosuvwxz")  # cases, but for their size
+SAME_IN_BOTH = frozenset("cosuvwxz")  # letters whose two cases differ in size alone
 NUMBER = re.compile(r"\b(?=\w*\d\w*\d)[\doOlI]*[\doO]\b", re.ASCII)
 DIGITS = str.maketrans("oOlI", "0011")
 
@@ -108,7 +108,7 @@ def as_usual(text):
     """A text with look-alikes as those beside them: 1O05 becomes 1005, SeCret Secret.
 
     What may be a number of two digits is one, unless it ends in l, as 10l. Of a word the letters
-    SAME_IN_BOTH cases have that of the others, but for the first, where two tell it.
+    SAME_IN_BOTH cases have the case of the others, but for the first, where two tell it.
     """
     text = NUMBER.sub(lambda found: found[0].translate(DIGITS), text)
     return re.sub("[A-Za-z]+", lambda found: _in_one_case(found[0]), text)

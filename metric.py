@@ -12,7 +12,7 @@ from difflib import SequenceMatcher
 from functools import cache
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from image import read_image, save_picture, write_atomically
 from keys import CHINESE_FONTS, FONT_FOLDERS, font_files, import_or_say, lacking
@@ -205,8 +205,6 @@ def system_fonts():
 @cache
 def caption_font(text):
     """(font, text) to show a caption with: escapes stand for what no font here can show."""
-    from PIL import ImageFont  # which reading does not need
-
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     font = ImageFont.load_default(14)
     if text.isascii() or not lacking(font, text):
