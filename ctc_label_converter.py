@@ -14,6 +14,7 @@ from keys import as_usual, check_alphabet, reordered
 BLANK = 0  # the class of the CTC blank
 WORDS = 500  # of a lexicon that are compared at a time
 SHORT = 30  # characters up to which `short_text_probability` is the faster one
+LEAST = -80  # logarithm of a probability: what float32 has of below 1e-38 takes CPUs far longer
 SETTINGS = ("alphabet", "temperature", "length", "right_to_left", "expect_kinds")
 MARKS = " -.,'&/"
 # Where texts of the usual kinds are to be expected: how much more than others those of these
@@ -201,7 +202,7 @@ class CTCLabelConverter:
         """
         probs = softmax(logits / self.temperature)
         if columns is None:
-            columns = np.full(len(probs), probs.shape[1])
+            columns = [probs.shape[1]] * len(probs)
         if self.expect_kinds:
             readings = [
                 self._decode_expecting_kinds(image[:count])
@@ -210,7 +211,7 @@ class CTCLabelConverter:
         elif len(probs) == 1:
             readings = [self._decode_one(probs[0, : columns[0]])]
         else:
-            readings = self._decode_many(probs, columns)
+            readings = self._decode_many(probs, np.asarray(columns))
         for i, reading in enumerate(readings):
             if self.length not in (None, len(reading.text)):
                 [readings[i]] = self._search(logits[i : i + 1, : columns[i]], Search())
@@ -233,14 +234,14 @@ class CTCLabelConverter:
     def _decode_one(self, probs):
         """`decode` of one image's (T, nclass) probabilities, where numpy's calls cost the most."""
         targets, confidences, before = [], [], BLANK
-        for k, best in zip(probs.argmax(1).tolist(), probs.max(1).tolist(), strict=True):
-            if k == BLANK:
-                pass
-            elif k == before:
-                confidences[-1] = max(confidences[-1], best)
-            else:
-                targets.append(k)
-                confidences.append(best)
+        for t, k in enumerate(probs.argmax(1).tolist()):
+            if k != BLANK:
+                best = probs.item(t, k)
+                if k == before:
+                    confidences[-1] = max(confidences[-1], best)
+                else:
+                    targets.append(k)
+                    confidences.append(best)
             before = k
         if len(targets) > SHORT:
             [confidence] = text_probability(
@@ -370,7 +371,8 @@ class CTCLabelConverter:
 
 def softmax(logits):
     """Probabilities along the last axis, of logits in any shape."""
-    probs = np.exp(logits - logits.max(-1, keepdims=True))
+    probs = np.maximum(logits - logits.max(-1, keepdims=True), LEAST)
+    np.exp(probs, out=probs)
     probs /= probs.sum(-1, keepdims=True)
     return probs
 
