@@ -41,6 +41,7 @@ PAUSES = (0.05, 0.2, 0.8)  # seconds, while another program may hold a file
 LOOKED_AT = 2**20  # pixels, at most, in which text is looked for
 INK = 30  # of 255: what differs less from an image's edges is background
 STRAY, ABRUPT = 0.02, 0.75  # shares of a line: of a frame, less; where a frame ends, more
+ROOMY, ALONE = 0.8, 0.2  # text that is read alone: its share of an image; of the ink, beside it
 STRETCHES = (0.8, 1.25), (1.12, 1.4), (1.25, 1.6)  # of other looks: usual, of close characters
 CLOSE = 14  # pixels that a character takes: of fewer, columns miss some
 SURE = 0.9  # confidence that needs no other looks
@@ -63,7 +64,7 @@ class Preprocess:
         height: pixels, every image is resized to it.
         width: pixels, a multiple of 4, or None to keep the aspect ratio.
         trim: cut the image to its `text_box` before. None: leave it as it is, but read it
-            both ways where the text is less than half of it, see `views`.
+            both ways where the text is less than 0.8 of it, or that alone, see `views`.
         mean, std: the network gets (pixel - mean) / std, a pixel is 0 to 255.
         sure: what is read with a lower confidence, 0 to 1, is read from `other_looks` too.
     """
@@ -88,17 +89,20 @@ class Preprocess:
         """What there is to read of an RGB image: its pixels, and maybe those of its text alone.
 
         The reading of the higher confidence counts. Finding text in scans and displays with
-        blots, it may be cut wrongly; alone in a wide picture it is too small uncut. Frames
-        are cut off before: how wide they are says nothing of the text.
+        blots, it may be cut wrongly; alone in a wide picture it is too small uncut, and a dot
+        is lost without a doubt. Frames are cut off before: they say nothing of the text.
         """
         if self.trim is not None:
             return [self(image)]
         image = image.crop(panel_box(image))
+        box, _, stray = find_text_lines(image)  # maybe in a frame within the frame
+        width, height = box[2] - box[0], box[3] - box[1]
         found = [self(image)]
-        left, top, right, bottom = box = text_box(image)  # maybe in a frame within the frame
-        if (right - left) * (bottom - top) < image.width * image.height / 2:
+        if width * height < ROOMY * image.width * image.height:
             with contextlib.suppress(ImageError):  # a line found as text may be too long
                 found.append(self(image.crop(box)))
+                if height < image.height / 2 and stray < ALONE:
+                    del found[0]
         return found
 
     def width_of(self, width, height):
@@ -348,11 +352,11 @@ def find_text_lines(image):
         image: an RGB `PIL.Image`.
 
     Returns:
-        ((left, top, right, bottom) for `Image.crop`, number of lines); its `panel_box` and 1
-        where no text stands out.
+        ((left, top, right, bottom) for `Image.crop`, number of lines, share of the ink that
+        is elsewhere); its `panel_box`, 1 and 0 where no text stands out.
     """
-    panel = panel_box(image)
-    image, whole = image.crop(panel), (panel, 1)
+    x, y, *_ = panel = panel_box(image)
+    image, whole = image.crop(panel), (panel, 1, 0.0)
     pixels, scale = _small(image)
     height, width = pixels.shape[:2]
     edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
@@ -369,14 +373,11 @@ def find_text_lines(image):
     columns = np.flatnonzero(amount > 0.08 * size + 0.7)
     if not len(columns):
         return whole
-    left, right = int(columns[0]), int(columns[-1]) + 1
-    box = (
-        panel[0] + max(0, left - size // 2) * scale,
-        panel[1] + max(0, top - size // 4) * scale,
-        panel[0] + min(image.width, (right + size // 2) * scale),
-        panel[1] + min(image.height, (bottom + size // 4) * scale),
-    )
-    return box, len(lines)
+    left, right = max(0, int(columns[0]) - size // 2), int(columns[-1]) + 1 + size // 2
+    top, bottom = max(0, top - size // 4), bottom + size // 4
+    stray = 1 - ink[top:bottom, left:right].sum() / ink.sum()
+    right, bottom = min(image.width, right * scale), min(image.height, bottom * scale)
+    return (x + left * scale, y + top * scale, x + right, y + bottom), len(lines), stray
 
 
 def _line_rows(ink):
@@ -434,7 +435,7 @@ def look_at(source, find_text=True, preprocess=None):
     import hashlib
 
     image = read_image(source)
-    box, lines = find_text_lines(image) if find_text else ((0, 0, *image.size), 1)
+    box, lines = find_text_lines(image)[:2] if find_text else ((0, 0, *image.size), 1)
     digest = hashlib.blake2b(image.tobytes(), digest_size=16).digest()
     text_size, pixels = (box[2] - box[0], box[3] - box[1]), None
     if preprocess:

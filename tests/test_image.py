@@ -155,8 +155,9 @@ def test_frames_of_one_colour_are_cut_off():
         left, top, _, _ = frames
         wanted = left, top, left + panel.width, top + panel.height
         assert np.abs(np.subtract(panel_box(image), wanted)).max() <= 2
-        own = Preprocess(trim=None).views(image)[0]
-        assert own.shape[2] == Preprocess().width_of(*image.crop(panel_box(image)).size)
+        own, panel = Preprocess(trim=None).views(image)[0], image.crop(panel_box(image))
+        read = panel, panel.crop(text_box(panel))
+        assert any(np.array_equal(own, Preprocess()(part)) for part in read)
 
 
 @pytest.mark.parametrize("text", ["I", "-", "E", "H", "11", "AB 1234"])
@@ -167,6 +168,17 @@ def test_text_on_its_own_ground_is_not_taken_for_what_a_frame_holds(text):
     letter = Image.new("RGB", (90, 90), "white")
     ImageDraw.Draw(letter).rectangle((35, 10, 55, 80), "black")
     assert panel_box(letter) == (0, 0, 90, 90)
+
+
+def test_text_is_read_without_the_ground_around_it_where_nothing_else_is():
+    """What is elsewhere may be text too, as far as the search for it knows."""
+    image, preprocess = drawn((600, 200), ((200, 80), "AB 1234")), Preprocess(trim=None)
+    [alone] = preprocess.views(image)
+    assert np.array_equal(alone, preprocess(image.crop(text_box(image))))
+    ImageDraw.Draw(image).rectangle((500, 20, 580, 60), "black")
+    whole, cut = preprocess.views(image)
+    assert np.array_equal(whole, preprocess(image))
+    assert np.array_equal(cut, alone)
 
 
 def test_two_lines_of_text_are_told_apart_and_kept():

@@ -19,7 +19,7 @@ import pytest
 import torch
 from captcha.image import DEFAULT_FONTS
 from helpers import ROOT, SAMPLES, assert_clear_error, run_script
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import train
 from collatefn import evaluation_loader
@@ -384,6 +384,20 @@ def test_images_that_were_stretched_are_read():
     images = [image.resize((round(3.3 * image.width), 70)) for image in images]
     readings = RecInfer(SHIPPED_WEIGHTS["general"]).predict(images)
     assert word_accuracy([reading.text for reading in readings], words) >= 0.9
+
+
+@pytest.mark.parametrize("margin", [0, 12, 48, 96])
+def test_small_dots_are_read_however_much_ground_is_around_the_text(margin):
+    """Uncut the text is small: a dot is not seen, and nothing tells that it is not."""
+    rng, font = random.Random(0), ImageFont.load_default(24)
+    prices = [f"{rng.randrange(10, 100)}.{rng.randrange(10, 100)}" for _ in range(40)]
+    images = []
+    for price in prices:
+        image = Image.new("RGB", [side + 12 for side in font.getbbox(price)[2:]], "white")
+        ImageDraw.Draw(image).text((6, 2), price, font=font, fill="black")
+        images.append(np.asarray(ImageOps.expand(image, margin, "white")))
+    readings = RecInfer(SHIPPED_WEIGHTS["general"]).predict(images)
+    assert word_accuracy([reading.text for reading in readings], prices) >= 0.95
 
 
 def test_an_image_too_wide_for_other_looks_is_read(readers):
