@@ -355,7 +355,7 @@ def find_text_lines(image):
         ((left, top, right, bottom) for `Image.crop`, number of lines, share of the ink that
         is elsewhere); its `panel_box`, 1 and 0 where no text stands out.
     """
-    x, y, *_ = panel = panel_box(image)
+    panel = panel_box(image)
     image, whole = image.crop(panel), (panel, 1, 0.0)
     pixels, scale = _small(image)
     height, width = pixels.shape[:2]
@@ -376,8 +376,8 @@ def find_text_lines(image):
     left, right = max(0, int(columns[0]) - size // 2), int(columns[-1]) + 1 + size // 2
     top, bottom = max(0, top - size // 4), bottom + size // 4
     stray = 1 - ink[top:bottom, left:right].sum() / ink.sum()
-    right, bottom = min(image.width, right * scale), min(image.height, bottom * scale)
-    return (x + left * scale, y + top * scale, x + right, y + bottom), len(lines), stray
+    box = np.minimum(np.multiply((left, top, right, bottom), scale), image.size * 2)
+    return tuple((box + panel[:2] * 2).tolist()), len(lines), stray
 
 
 def _line_rows(ink):
