@@ -41,7 +41,7 @@ PAUSES = (0.05, 0.2, 0.8)  # seconds, while another program may hold a file
 LOOKED_AT = 2**20  # pixels, at most, in which text is looked for
 INK = 30  # of 255: what differs less from an image's edges is background
 STRAY, ABRUPT = 0.02, 0.75  # shares of a line: of a frame, less; where a frame ends, more
-ROOMY, ALONE = 0.8, 0.2  # text that is read alone: its share of an image; of the ink, beside it
+ROOMY, ALONE = 0.8, 0.2  # shares: of an image, text that is cut out; of ink, beside text alone
 STRETCHES = (0.8, 1.25), (1.12, 1.4), (1.25, 1.6)  # of other looks: usual, of close characters
 CLOSE = 14  # pixels that a character takes: of fewer, columns miss some
 SURE = 0.9  # confidence that needs no other looks
@@ -63,8 +63,8 @@ class Preprocess:
     Attributes:
         height: pixels, every image is resized to it.
         width: pixels, a multiple of 4, or None to keep the aspect ratio.
-        trim: cut the image to its `text_box` before. None: leave it as it is, but read it
-            both ways where the text is less than 0.8 of it, or that alone, see `views`.
+        trim: cut the image to its `text_box` before. None: leave it as it is, but where the
+            text is less than ROOMY of it, read that too, or that alone, see `views`.
         mean, std: the network gets (pixel - mean) / std, a pixel is 0 to 255.
         sure: what is read with a lower confidence, 0 to 1, is read from `other_looks` too.
     """
@@ -88,9 +88,9 @@ class Preprocess:
     def views(self, image):
         """What there is to read of an RGB image: its pixels, and maybe those of its text alone.
 
-        The reading of the higher confidence counts. Finding text in scans and displays with
-        blots, it may be cut wrongly; alone in a wide picture it is too small uncut, and a dot
-        is lost without a doubt. Frames are cut off before: they say nothing of the text.
+        The reading of the higher confidence counts: with blots, text may be cut wrongly. Of less
+        than half of the height, with hardly any ink elsewhere, it is read alone: uncut it is so
+        small that a dot is lost without a doubt. Frames, which say nothing, are cut off before.
         """
         if self.trim is not None:
             return [self(image)]

@@ -156,8 +156,9 @@ def test_frames_of_one_colour_are_cut_off():
         wanted = left, top, left + panel.width, top + panel.height
         assert np.abs(np.subtract(panel_box(image), wanted)).max() <= 2
         own, panel = Preprocess(trim=None).views(image)[0], image.crop(panel_box(image))
-        read = panel, panel.crop(text_box(panel))
-        assert any(np.array_equal(own, Preprocess()(part)) for part in read)
+        text = panel.crop(text_box(panel))
+        read = text if text.height < panel.height / 2 else panel
+        assert np.array_equal(own, Preprocess()(read))
 
 
 @pytest.mark.parametrize("text", ["I", "-", "E", "H", "11", "AB 1234"])
