@@ -46,19 +46,10 @@ from tqdm import tqdm
 
 from ctc_label_converter import length_range
 from image import read_image
-from keys import (
-    FONT_FOLDERS,
-    check_glyphs,
-    command,
-    find_chinese_font,
-    font_files,
-    load_alphabet,
-    load_font,
-    look_at_font,
-)
+from keys import check_glyphs, command, load_alphabet, load_font, look_at_font
 from label_file import SPLITS
 from line_image import LineImage
-from metric import contact_sheet
+from metric import FONT_FOLDERS, contact_sheet, find_chinese_font, font_files
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The characters MicroOCR can read: alphabets, labels, and the fonts that can show them.
+"""The characters MicroOCR can read: alphabets, labels, usual texts, and whether a font shows them.
 
     from keys import load_alphabet
     load_alphabet("alnum59")      # a name from ALPHABETS
@@ -392,33 +392,8 @@ def load_alphabet(name_or_path):
     return check_alphabet(text.removesuffix("\n").removesuffix("\r"), source=str(path))
 
 
-WINDOWS_FONTS = os.environ.get("WINDIR", r"C:\Windows") + r"\Fonts"
-FONT_FOLDERS = (
-    "/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts",
-    "/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts", WINDOWS_FONTS,
-)  # fmt: skip
-# Where systems keep a font with Chinese characters, best known first.
-CHINESE_FONTS = (
-    "/usr/share/fonts/truetype/wqy/wqy-microhei.ttc",
-    "/usr/share/fonts/wqy-microhei/wqy-microhei.ttc",
-    "/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc",
-    "/usr/share/fonts/noto-cjk/NotoSansCJK-Regular.ttc",
-    "/usr/share/fonts/google-noto-sans-cjk-fonts/NotoSansCJK-Regular.ttc",
-    "/usr/share/fonts/truetype/wqy/wqy-zenhei.ttc",
-    "/usr/share/fonts/truetype/droid/DroidSansFallbackFull.ttf",
-    "/System/Library/Fonts/PingFang.ttc",
-    "/System/Library/Fonts/Hiragino Sans GB.ttc",
-    "/System/Library/Fonts/STHeiti Light.ttc",
-    "/Library/Fonts/Arial Unicode.ttf",
-    *(rf"{WINDOWS_FONTS}\{name}" for name in ("msyh.ttc", "simhei.ttf", "simsun.ttc", "Deng.ttf")),
-)
 SIZE = 40  # pixels of the font in which `open_font` looks at texts and draws them
 LIKENESS = 0.22  # the least median correlation of a font's glyphs with an ordinary one's
-
-
-def find_chinese_font():
-    """Path of the first of CHINESE_FONTS that this machine has. None: it has none."""
-    return next((path for path in CHINESE_FONTS if os.path.exists(path)), None)
 
 
 def lacking(font, characters):
@@ -432,12 +407,6 @@ def lacking(font, characters):
     # "not defined" box, or nothing.
     missing_glyph = drawn("\U0010ffff")
     return [c for c in characters if not c.isspace() and drawn(c) == missing_glyph]
-
-
-def font_files(folders):
-    """Paths of the TrueType and OpenType fonts in some folders, searched in depth, in order."""
-    folders = [Path(folder).expanduser() for folder in folders]
-    return [str(path) for folder in folders for path in sorted(folder.rglob("*.[to]t[fc]"))]
 
 
 def load_font(path, size):

@@ -1,6 +1,7 @@
 """How good readings are, in numbers, in the table of a training, and in pictures.
 
-Accuracy, its interval, error rate, confusions, calibration; curves and mistakes.
+Accuracy, its interval, error rate, confusions, calibration; curves and mistakes, captions
+under them and the fonts of the machine that these take.
 """
 
 import io
@@ -10,18 +11,39 @@ import sys
 from collections import Counter
 from difflib import SequenceMatcher
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
 from image import read_image, save_picture, write_atomically
-from keys import CHINESE_FONTS, FONT_FOLDERS, font_files, import_or_say, lacking
+from keys import import_or_say, lacking
 
 # Below 1 only a little: a network that read every test image right would ask for 0.
 TEMPERATURES = tuple(round(0.7 * 1.1**i, 3) for i in range(15))
 CURVES_PAUSE = 60  # seconds; drawing them takes longer than an epoch may
 MISTAKES = 40  # images on the sheet of mistakes
 SHEET_IMAGE = (320, 96)  # pixels of an image on a contact sheet, at most
+WINDOWS_FONTS = os.environ.get("WINDIR", r"C:\Windows") + r"\Fonts"
+FONT_FOLDERS = (
+    "/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts",
+    "/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts", WINDOWS_FONTS,
+)  # fmt: skip
+# Where systems keep a font with Chinese characters, best known first.
+CHINESE_FONTS = (
+    "/usr/share/fonts/truetype/wqy/wqy-microhei.ttc",
+    "/usr/share/fonts/wqy-microhei/wqy-microhei.ttc",
+    "/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc",
+    "/usr/share/fonts/noto-cjk/NotoSansCJK-Regular.ttc",
+    "/usr/share/fonts/google-noto-sans-cjk-fonts/NotoSansCJK-Regular.ttc",
+    "/usr/share/fonts/truetype/wqy/wqy-zenhei.ttc",
+    "/usr/share/fonts/truetype/droid/DroidSansFallbackFull.ttf",
+    "/System/Library/Fonts/PingFang.ttc",
+    "/System/Library/Fonts/Hiragino Sans GB.ttc",
+    "/System/Library/Fonts/STHeiti Light.ttc",
+    "/Library/Fonts/Arial Unicode.ttf",
+    *(rf"{WINDOWS_FONTS}\{name}" for name in ("msyh.ttc", "simhei.ttf", "simsun.ttc", "Deng.ttf")),
+)
 
 
 def edit_distance(a, b):
@@ -194,6 +216,17 @@ def _shortened(text, font):
     while font.getlength(f"{text}...") > SHEET_IMAGE[0]:
         text = text[:-1]
     return f"{text}..."
+
+
+def font_files(folders):
+    """Paths of the TrueType and OpenType fonts in some folders, searched in depth, in order."""
+    folders = [Path(folder).expanduser() for folder in folders]
+    return [str(path) for folder in folders for path in sorted(folder.rglob("*.[to]t[fc]"))]
+
+
+def find_chinese_font():
+    """Path of the first of CHINESE_FONTS that this machine has. None: it has none."""
+    return next((path for path in CHINESE_FONTS if os.path.exists(path)), None)
 
 
 @cache

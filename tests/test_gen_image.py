@@ -17,7 +17,8 @@ from PIL import Image
 import gen_image
 from dataset import DataOptions, check
 from image import Preprocess
-from keys import ALPHABETS, find_chinese_font
+from keys import ALPHABETS
+from metric import find_chinese_font
 
 SMALL = ["--train", 130, "--test", 20]
 
