@@ -1,7 +1,6 @@
 """Text to CTC targets, network output to text. Works on numpy arrays."""
 
 import math
-import string
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,27 +8,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keys import as_usual, check_alphabet, reordered
+from keys import KINDS, as_usual, check_alphabet, reordered, word_weight
 
 BLANK = 0  # the class of the CTC blank
 WORDS = 500  # of a lexicon that are compared at a time
 SHORT = 30  # characters up to which `short_text_probability` is the faster one
 LEAST = -80  # logarithm of a probability: what float32 has of below 1e-38 takes CPUs far longer
 SETTINGS = ("alphabet", "temperature", "length", "right_to_left", "expect_kinds")
-MARKS = " -.,'&/"
-# Where texts of the usual kinds are to be expected: how much more than others those of these
-# characters weigh, of several the last. What looks as much like "loo" as like "100" is a number.
-KINDS = {
-    string.ascii_uppercase + string.digits + MARKS: 3.0,  # codes
-    string.ascii_lowercase + string.digits + MARKS: 3.0,
-    string.ascii_letters + MARKS: 5.0,  # words
-    string.ascii_lowercase + MARKS: 15.0,
-    string.ascii_uppercase + MARKS: 15.0,
-    string.digits + ".,:-/ ": 20.0,
-    string.digits: 600.0,
-}
 # A gap of so many usual ones makes a space so much more probable, in texts of so many characters.
 GAP, SPACE, SPACED = 1.3, 12.0, 6
+# Below that confidence so many more texts compete, of what is not less probable in a column.
+SURE, BEAM, PROBABLE = 0.9, 10, 0.01
 
 
 class Reading(NamedTuple):
@@ -132,9 +121,9 @@ class CTCLabelConverter:
         length: characters that every text has, at least 1; None for any number.
         right_to_left: whether texts have letters that are written so: the network reads
             from left to right, and texts are turned on their way to it and back.
-        expect_kinds: whether `decode` expects spaces in wide gaps, and texts `as_usual` and
-            of `KINDS`: for networks that read whatever there is, where a network of one's
-            own has seen what to expect.
+        expect_kinds: whether `decode` expects spaces in wide gaps, and texts `as_usual`, of
+            `KINDS` and of words: for networks that read whatever there is, where a network of
+            one's own has seen what to expect.
 
     Raises ValueError for another alphabet, temperature or length.
     """
@@ -185,12 +174,15 @@ class CTCLabelConverter:
             raise ValueError(f"{error.args[0]!r} is not in the alphabet") from None
         return np.array(targets, np.int64), np.array([len(label) for label in labels], np.int64)
 
+    def _text(self, classes):
+        return "".join([self._character_of[k] for k in classes])
+
     def decode(self, logits, columns=None):
         """Greedy decoding, see `best_path`.
 
         A text that comes out longer or shorter than ``length`` is searched once more, for
-        the most probable one of that many characters. Where `KINDS` are expected, the best
-        one of each competes with it.
+        the most probable one of that many characters. Where `KINDS` are expected, the best one
+        of each competes with it, and where it is doubtful others.
 
         Args:
             logits: (N, T, nclass) float array.
@@ -224,7 +216,7 @@ class CTCLabelConverter:
         ends = np.cumsum(lengths)
         return [
             Reading(
-                "".join([self._character_of[k] for k in targets[a:b].tolist()]),
+                self._text(targets[a:b].tolist()),
                 float(confidence),
                 char_confidences[a:b].tolist(),
             )
@@ -249,29 +241,39 @@ class CTCLabelConverter:
             )
         else:
             confidence = short_text_probability(probs, targets)
-        text = "".join([self._character_of[k] for k in targets])
-        return Reading(text, float(confidence), confidences)
+        return Reading(self._text(targets), float(confidence), confidences)
 
     def _decode_expecting_kinds(self, probs):
-        """`decode` of one image's (T, nclass): the best of texts `as_usual`, weighed by `KINDS`."""
+        """`decode` of one image's (T, nclass): the best of texts `as_usual`, by `_weight`."""
         probs = self._with_spaces(probs)
         plain = self._decode_one(probs)
-        found = {plain.text: (plain, 1.0)}
-        for own, classes, weight in self._kinds:
+        found = {plain.text: plain}  # and no text only where that is none
+        for own, classes, _ in self._kinds:
             # A best path that has no other classes is the best one of these too.
-            reading = plain if own.issuperset(plain.text) else self._decode_one(probs * classes)
-            if reading.text:  # no text is of no kind
-                found[reading.text] = reading, weight
+            if not own.issuperset(plain.text):
+                reading = self._decode_one(probs * classes)
+                found.setdefault(reading.text or plain.text, reading)
+        if plain.confidence < SURE:
+            for prefix, probability in prefix_beam_search(probs, BEAM, least=PROBABLE):
+                text = " ".join(self._text(prefix).split())
+                found.setdefault(text or plain.text, Reading(text, probability, []))
+        weights = {text: self._weight(text) for text in found}
         # That of all texts together, if those that were not found weigh 1.
-        total = 1 + sum((weight - 1) * reading.confidence for reading, weight in found.values())
+        total = 1 + sum((weights[text] - 1) * found[text].confidence for text in found)
         shares, readings = defaultdict(float), {}
-        for reading, weight in sorted(found.values(), key=lambda f: f[0].confidence * f[1]):
-            text = as_usual(reading.text)
-            shares[text] += weight * reading.confidence / total
-            readings[text] = reading
+        for text in sorted(found, key=lambda text: found[text].confidence * weights[text]):
+            shares[as_usual(text)] += weights[text] * found[text].confidence / total
+            readings[as_usual(text)] = found[text]
         best = max(shares, key=shares.get)
-        share = min(1.0, shares.pop(best))
-        return readings[best]._replace(text=best, confidence=share, rivals=tuple(shares.items()))
+        share, reading = min(1.0, shares.pop(best)), readings[best]
+        classes = np.array([self._class_of[c] for c in reading.text], np.int64)
+        sure = reading.char_confidences or aligned_probabilities(probs, classes)
+        return Reading(best, share, sure, (), tuple(shares.items()))
+
+    def _weight(self, text):
+        """How much more than others a text weighs: by its `KINDS` and by its words."""
+        kinds = [weight for own, _, weight in self._kinds if text and own.issuperset(text)]
+        return (kinds[-1] if kinds else 1.0) * word_weight(text)
 
     def _with_spaces(self, probs):
         """(T, nclass) probabilities, a space more probable in gaps that are wider than others."""
@@ -338,12 +340,8 @@ class CTCLabelConverter:
         readings = []
         for image in probs:
             if words is None:
-                found = [
-                    ("".join([self._character_of[k] for k in prefix]), probability)
-                    for prefix, probability in prefix_beam_search(
-                        image, search.beam, shortest, longest
-                    )
-                ]
+                paths = prefix_beam_search(image, search.beam, shortest, longest)
+                found = [(self._text(prefix), probability) for prefix, probability in paths]
             else:
                 found = self._choose(image, words)
             found = found[: search.top]
@@ -403,24 +401,25 @@ def best_path(probs, columns):
     return run_class[is_character], run_best[is_character], lengths
 
 
-def prefix_beam_search(probs, beam, shortest=0, longest=None):
+def prefix_beam_search(probs, beam, shortest=0, longest=None, least=0.0):
     """The most probable texts, over all alignments (Graves and Jaitly, ICML 2014).
 
     Args:
         probs: (T, nclass) probabilities of one image.
         beam: prefixes kept after each column.
         shortest, longest: lengths that a text may have, None: any.
+        least: probability in a column below which a class goes on with no prefix.
 
     Returns:
         [(tuple of classes, probability)], the most probable first, at most ``beam``.
     """
+    # What is less probable cannot pass the beam, unless all is improbable.
+    order = np.argsort(-probs, 1)[:, : beam + 1]
+    allowed = (order != BLANK) & (np.take_along_axis(probs, order, 1) >= least)
     # prefix -> [probability of all paths to it that end in a blank, and in its last class]
     prefixes = {(): [1.0, 0.0]}
-    for t, column in enumerate(probs):
-        left = len(probs) - t - 1
-        # What is less probable cannot pass the beam, unless all is improbable.
-        candidates = np.argsort(-column)[: beam + 1]
-        candidates = [int(k) for k in candidates if k != BLANK]
+    for t, row in enumerate(probs):
+        column, candidates = row.tolist(), order[t][allowed[t]].tolist()
         grown = defaultdict(lambda: [0.0, 0.0])
         for prefix, (blank, last) in prefixes.items():
             grown[prefix][0] += (blank + last) * column[BLANK]
@@ -434,9 +433,9 @@ def prefix_beam_search(probs, beam, shortest=0, longest=None):
                 if before:
                     grown[(*prefix, k)][1] += before * column[k]
         # A prefix that the columns left cannot complete takes no place in the beam.
-        able = [item for item in grown.items() if len(item[0]) + left >= shortest]
+        able = [item for item in grown.items() if len(item[0]) + len(probs) - t > shortest]
         prefixes = dict(sorted(able, key=lambda item: -sum(item[1]))[:beam])
-    found = [(prefix, float(sum(parts))) for prefix, parts in prefixes.items()]
+    found = [(prefix, sum(parts)) for prefix, parts in prefixes.items()]
     return [item for item in found if len(item[0]) >= shortest and item[1] > 0]
 
 

@@ -69,6 +69,21 @@ LOOK_ALIKES = dict(
 SAME_IN_BOTH = frozenset("cosuvwxz")  # letters whose two cases differ in size alone
 NUMBER = re.compile(r"\b(?=\w*\d\w*\d)[\doOlI]*[\doO]\b", re.ASCII)
 DIGITS = str.maketrans("oOlI", "0011")
+MARKS = " -.,'&/"
+# Where texts of the usual kinds are to be expected: how much more than others those of these
+# characters weigh, of several the last. What looks as much like "loo" as like "100" is a number.
+KINDS = {
+    string.ascii_uppercase + string.digits + MARKS: 3.0,  # codes
+    string.ascii_lowercase + string.digits + MARKS: 3.0,
+    string.ascii_letters + MARKS: 5.0,  # words
+    string.ascii_lowercase + MARKS: 15.0,
+    string.ascii_uppercase + MARKS: 15.0,
+    string.digits + ".,:-/ ": 20.0,
+    string.digits: 600.0,
+}
+LETTERS = Path(__file__).parent / "assets" / "letters.txt"  # by benchmarks/count_letters.py
+ZERO, STEPS, MOST = 98, 8, 30  # its code for a logarithm of 0, codes to 1, and the most of a text
+WORD = re.compile(r"\b[A-Za-z]{3,}\b", re.ASCII)
 
 
 def _unquoted(text):
@@ -123,6 +138,27 @@ def _in_one_case(word):
     if sure.islower():
         return first + rest.lower()
     return (first.upper() if first in SAME_IN_BOTH else first) + rest.upper()
+
+
+@lru_cache(1)
+def letters():
+    """27 * 27 * 27 bytes: how usual a letter is behind two others, as count_letters.py says."""
+    return b"".join(LETTERS.read_bytes().split())
+
+
+def word_weight(text):
+    """How much more than others a text weighs for its words, 1 where it has none.
+
+    By how many times more probable in English their letters are than letters at random, each
+    behind the two before it (Shannon, Bell System Technical Journal 1951).
+    """
+    words, steps = WORD.findall(text), 0
+    for word in words:
+        a = b = 0
+        for c in [*(ord(letter) - 96 for letter in word.lower()), 0]:
+            steps += letters()[729 * a + 27 * b + c] - ZERO
+            a, b = b, c
+    return 1 + math.exp(min(steps / STEPS, MOST)) if words else 1.0
 
 
 def reordered(text):
@@ -351,8 +387,7 @@ def check_alphabet(alphabet, source="the alphabet"):
     """
     if not alphabet:
         raise ValueError(f"{source}: an alphabet needs at least one character, this one is empty")
-    controls = unusable(alphabet)
-    if controls:
+    if controls := unusable(alphabet):
         raise ValueError(
             f"{source}: an alphabet cannot contain a line break or another control character, "
             f"remove {', '.join(map(named, controls))}"
@@ -403,8 +438,7 @@ def lacking(font, characters):
         mask = font.getmask(character)
         return mask.size, bytes(mask)
 
-    # What a font draws for a code point that Unicode will never assign: its
-    # "not defined" box, or nothing.
+    # Its "not defined" box, or nothing: Unicode will never assign this code point.
     missing_glyph = drawn("\U0010ffff")
     return [c for c in characters if not c.isspace() and drawn(c) == missing_glyph]
 
@@ -421,8 +455,7 @@ def load_font(path, size):
 
 def check_glyphs(path, alphabet):
     """Raise ValueError if the font at ``path`` lacks a glyph for a character of ``alphabet``."""
-    missing = lacking(load_font(path, 32), alphabet)
-    if missing:
+    if missing := lacking(load_font(path, 32), alphabet):
         shown = " ".join(missing[:20]) + (" ..." if len(missing) > 20 else "")
         raise ValueError(
             f"--font {path}: has no glyph for {len(missing)} of {len(alphabet)} characters "
@@ -455,9 +488,8 @@ def open_font(path, size=SIZE):
 def glyph_mask(font, text, bold=0):
     """An "L" image of what an `ImageFont` draws, ``bold`` pixels bolder; (2, 2) for nothing."""
     mask = font.getmask(text, stroke_width=bold)
-    return (
-        Image.frombytes("L", mask.size, bytes(mask)) if all(mask.size) else Image.new("L", (2, 2))
-    )
+    size = mask.size if all(mask.size) else (2, 2)
+    return Image.frombytes("L", size, bytes(mask) or bytes(4))
 
 
 def _shape(font, character, slant=0):

@@ -37,9 +37,9 @@ from filelock import FileLock, Timeout  # which PyTorch depends on
 from torch import nn
 from torch.nn import functional as F
 
-from ctc_label_converter import BLANK, KINDS, SETTINGS, CTCLabelConverter
+from ctc_label_converter import BLANK, SETTINGS, CTCLabelConverter
 from image import PATCH, Preprocess, write_atomically
-from keys import command
+from keys import KINDS, command, letters
 
 
 class ConvBNACT(nn.Module):
@@ -279,6 +279,7 @@ def browser_network(recogniser):
         "temperature": converter.temperature,
         "length": converter.length,
         "weights": KINDS if converter.expect_kinds else {},
+        "letters": letters().decode() if converter.expect_kinds else "",
         "preprocess": asdict(recogniser.preprocess),
         "half": recogniser.half,
         "tensors": [[name, len(numbers)] for name, numbers in state.items()],
