@@ -144,9 +144,9 @@ class CTCLabelConverter:
         self._class_of = {character: i for i, character in enumerate(alphabet, 1)}
         self._character_of = ["", *alphabet]
         # A kind's characters, (nclass,) True for their classes, how much more its texts weigh.
-        kinds = KINDS.items() if expect_kinds else ()
         self._kinds = [
-            (set(own), np.array([True, *(c in own for c in alphabet)]), w) for own, w in kinds
+            (set(own) & set(alphabet), np.array([True, *(c in own for c in alphabet)]), weight)
+            for own, weight in (KINDS.items() if expect_kinds else ())
         ]
 
     def settings(self):
@@ -247,11 +247,13 @@ class CTCLabelConverter:
         """`decode` of one image's (T, nclass): the best of texts `as_usual`, by `_weight`."""
         probs = self._with_spaces(probs)
         plain = self._decode_one(probs)
-        found = {plain.text: plain}  # and no text only where that is none
+        # No text competes only where it is the plain one.
+        found, best = {plain.text: plain}, [(set(self.alphabet), plain.text)]
         for own, classes, _ in self._kinds:
-            # A best path that has no other classes is the best one of these too.
-            if not own.issuperset(plain.text):
+            # The best path of a larger kind that has no other classes is the best of these too.
+            if not any(own <= kind and own.issuperset(text) for kind, text in best):
                 reading = self._decode_one(probs * classes)
+                best.append((own, reading.text))
                 found.setdefault(reading.text or plain.text, reading)
         if plain.confidence < SURE:
             for prefix, probability in prefix_beam_search(probs, BEAM, least=PROBABLE):
@@ -264,11 +266,11 @@ class CTCLabelConverter:
         for text in sorted(found, key=lambda text: found[text].confidence * weights[text]):
             shares[as_usual(text)] += weights[text] * found[text].confidence / total
             readings[as_usual(text)] = found[text]
-        best = max(shares, key=shares.get)
-        share, reading = min(1.0, shares.pop(best)), readings[best]
+        text = max(shares, key=shares.get)
+        share, reading = min(1.0, shares.pop(text)), readings[text]
         classes = np.array([self._class_of[c] for c in reading.text], np.int64)
         sure = reading.char_confidences or aligned_probabilities(probs, classes)
-        return Reading(best, share, sure, (), tuple(shares.items()))
+        return Reading(text, share, sure, (), tuple(shares.items()))
 
     def _weight(self, text):
         """How much more than others a text weighs: by its `KINDS` and by its words."""
@@ -344,11 +346,10 @@ class CTCLabelConverter:
                 found = [(self._text(prefix), probability) for prefix, probability in paths]
             else:
                 found = self._choose(image, words)
-            found = found[: search.top]
-            text, confidence = found[0] if found else ("", 0.0)
+            (text, confidence), *others = found[: search.top] or [("", 0.0)]
             classes = np.array([self._class_of[c] for c in text], np.int64)
             readings.append(
-                Reading(text, confidence, aligned_probabilities(image, classes), tuple(found[1:]))
+                Reading(text, confidence, aligned_probabilities(image, classes), tuple(others))
             )
         return readings
 

@@ -69,15 +69,15 @@ LOOK_ALIKES = dict(
 SAME_IN_BOTH = frozenset("cosuvwxz")  # letters whose two cases differ in size alone
 NUMBER = re.compile(r"\b(?=\w*\d\w*\d)[\doOlI]*[\doO]\b", re.ASCII)
 DIGITS = str.maketrans("oOlI", "0011")
-MARKS = " -.,'&/"
+CASES, MARKS = (string.ascii_uppercase, string.ascii_lowercase), " -.,'&/"
 # Where texts of the usual kinds are to be expected: how much more than others those of these
 # characters weigh, of several the last. What looks as much like "loo" as like "100" is a number.
 KINDS = {
-    string.ascii_uppercase + string.digits + MARKS: 3.0,  # codes
-    string.ascii_lowercase + string.digits + MARKS: 3.0,
+    **{case + string.digits + MARKS: 3.0 for case in CASES},  # codes
+    **{case + string.digits: 6.0 for case in CASES},
     string.ascii_letters + MARKS: 5.0,  # words
-    string.ascii_lowercase + MARKS: 15.0,
-    string.ascii_uppercase + MARKS: 15.0,
+    **{case + MARKS: 15.0 for case in CASES},
+    **dict.fromkeys(CASES, 25.0),
     string.digits + ".,:-/ ": 20.0,
     string.digits: 600.0,
 }
@@ -544,7 +544,5 @@ def usable_font(path):
 
 def look_at_font(path):
     """The `usable_font` of a file, None where it is of no use."""
-    try:
+    with contextlib.suppress(ValueError):
         return usable_font(path)
-    except ValueError:
-        return None

@@ -212,7 +212,7 @@ def test_where_usual_kinds_of_text_are_expected_they_weigh_more(logits):
         kinds = [weight for characters, weight in KINDS.items() if set(text) <= set(characters)]
         return kinds[-1] if text and kinds else 1
 
-    assert [weight(text) for text in ("", "11", "ab", "b", "a1")] == [1, 600, 15, 15, 3]
+    assert [weight(text) for text in ("", "11", "ab", "b", "a1")] == [1, 600, 25, 25, 6]
     expecting = CTCLabelConverter(ALPHABET, expect_kinds=True)
     converter = CTCLabelConverter(ALPHABET)
     usual = converter.decode(logits)
