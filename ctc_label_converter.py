@@ -244,7 +244,7 @@ class CTCLabelConverter:
         return Reading(self._text(targets), float(confidence), confidences)
 
     def _decode_expecting_kinds(self, probs):
-        """`decode` of one image's (T, nclass): the best of texts `as_usual`, by `_weight`."""
+        """`decode` of one image's (T, nclass): the best of texts `as_usual`, by their weights."""
         probs = self._with_spaces(probs)
         plain = self._decode_one(probs)
         # No text competes only where it is the plain one.
@@ -259,12 +259,15 @@ class CTCLabelConverter:
             for prefix, probability in prefix_beam_search(probs, BEAM, least=PROBABLE):
                 text = " ".join(self._text(prefix).split())
                 found.setdefault(text or plain.text, Reading(text, probability, []))
-        weights = {text: self._weight(text) for text in found}
+        kinds = {text: self._weight(text) * found[text].confidence for text in found}
         # That of all texts together, if those that were not found weigh 1.
-        total = 1 + sum((weights[text] - 1) * found[text].confidence for text in found)
+        total = 1 + sum(kinds[text] - found[text].confidence for text in found)
+        # By their words those that were found share what is theirs, and get no more of it.
+        words = {text: word_weight(text) * kinds[text] for text in found}
+        factor = sum(kinds.values()) / total / (sum(words.values()) or 1)
         shares, readings = defaultdict(float), {}
-        for text in sorted(found, key=lambda text: found[text].confidence * weights[text]):
-            shares[as_usual(text)] += weights[text] * found[text].confidence / total
+        for text in sorted(found, key=words.get):
+            shares[as_usual(text)] += words[text] * factor
             readings[as_usual(text)] = found[text]
         text = max(shares, key=shares.get)
         share, reading = min(1.0, shares.pop(text)), readings[text]
@@ -273,9 +276,9 @@ class CTCLabelConverter:
         return Reading(text, share, sure, (), tuple(shares.items()))
 
     def _weight(self, text):
-        """How much more than others a text weighs: by its `KINDS` and by its words."""
+        """How much more than others a text of its `KINDS` weighs."""
         kinds = [weight for own, _, weight in self._kinds if text and own.issuperset(text)]
-        return (kinds[-1] if kinds else 1.0) * word_weight(text)
+        return kinds[-1] if kinds else 1.0
 
     def _with_spaces(self, probs):
         """(T, nclass) probabilities, a space more probable in gaps that are wider than others."""
@@ -329,11 +332,8 @@ class CTCLabelConverter:
             probs = only / only.sum(2, keepdims=True)
         words = None
         if search.lexicon is not None:
-            words = [
-                word
-                for word in search.lexicon
-                if search.allows(word) and set(word) <= set(self.alphabet)
-            ]
+            known = (word for word in search.lexicon if set(word) <= set(self.alphabet))
+            words = [*filter(search.allows, known)]
             if not words:
                 raise ValueError("no text of the lexicon fits the alphabet and the constraints")
         shortest, longest = search.shortest, search.longest
