@@ -2,6 +2,8 @@
 
 import ast
 import re
+import shutil
+import subprocess
 import symtable
 
 import pytest
@@ -21,6 +23,15 @@ def test_the_readme_names_every_file_and_stays_short():
     assert sorted(MODULES) == sorted(path.stem for path in ROOT.glob("*.py"))
     assert len(README.splitlines()) <= 250
     assert len(README.encode("utf-8")) <= 13 * 1024
+
+
+def test_nothing_else_is_kept_at_the_top_level():
+    if not shutil.which("git") or not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    listing = ["git", "ls-files", "--", ":(glob)*"]
+    files = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    others = {".gitignore", "README.md", "pyproject.toml", "requirements.txt"}
+    assert set(files.splitlines()) == others | {f"{name}.py" for name in MODULES}
 
 
 @pytest.mark.parametrize("name", MODULES)
