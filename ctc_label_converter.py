@@ -248,7 +248,7 @@ class CTCLabelConverter:
         probs = self._with_spaces(probs)
         plain = self._decode_one(probs)
         # No text competes only where it is the plain one.
-        found, best = {plain.text: plain}, [(set(self.alphabet), plain.text)]
+        found, best = {plain.text: plain}, [(self._class_of.keys(), plain.text)]
         for own, classes, _ in self._kinds:
             # The best path of a larger kind that has no other classes is the best of these too.
             if not any(own <= kind and own.issuperset(text) for kind, text in best):
@@ -256,9 +256,9 @@ class CTCLabelConverter:
                 best.append((own, reading.text))
                 found.setdefault(reading.text or plain.text, reading)
         if plain.confidence < SURE:
-            for prefix, probability in prefix_beam_search(probs, BEAM, least=PROBABLE):
+            for prefix, confidence in prefix_beam_search(probs, BEAM, least=PROBABLE):
                 text = " ".join(self._text(prefix).split())
-                found.setdefault(text or plain.text, Reading(text, probability, []))
+                found.setdefault(text or plain.text, Reading(text, confidence, []))
         kinds = {text: self._weight(text) * found[text].confidence for text in found}
         # That of all texts together, if those that were not found weigh 1.
         total = 1 + sum(kinds[text] - found[text].confidence for text in found)
@@ -267,13 +267,14 @@ class CTCLabelConverter:
         factor = sum(kinds.values()) / total / (sum(words.values()) or 1)
         shares, readings = defaultdict(float), {}
         for text in sorted(found, key=words.get):
-            shares[as_usual(text)] += words[text] * factor
-            readings[as_usual(text)] = found[text]
+            usual = as_usual(text)
+            shares[usual] += words[text] * factor
+            readings[usual] = found[text]
         text = max(shares, key=shares.get)
-        share, reading = min(1.0, shares.pop(text)), readings[text]
-        classes = np.array([self._class_of[c] for c in reading.text], np.int64)
+        reading, confidence = readings[text], min(1.0, shares.pop(text))
+        classes = [self._class_of[c] for c in reading.text]
         sure = reading.char_confidences or aligned_probabilities(probs, classes)
-        return Reading(text, share, sure, (), tuple(shares.items()))
+        return Reading(text, confidence, sure, (), tuple(shares.items()))
 
     def _weight(self, text):
         """How much more than others a text of its `KINDS` weighs."""
@@ -347,10 +348,8 @@ class CTCLabelConverter:
             else:
                 found = self._choose(image, words)
             (text, confidence), *others = found[: search.top] or [("", 0.0)]
-            classes = np.array([self._class_of[c] for c in text], np.int64)
-            readings.append(
-                Reading(text, confidence, aligned_probabilities(image, classes), tuple(others))
-            )
+            sure = aligned_probabilities(image, [self._class_of[c] for c in text])
+            readings.append(Reading(text, confidence, sure, tuple(others)))
         return readings
 
     def _choose(self, probs, words):

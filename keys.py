@@ -152,11 +152,11 @@ def word_weight(text):
     By how many times more probable in English their letters are than letters at random, each
     behind the two before it (Shannon, Bell System Technical Journal 1951).
     """
-    words, steps = WORD.findall(text), 0
+    words, table, steps = WORD.findall(text), letters(), 0
     for word in words:
         a = b = 0
         for c in [*(ord(letter) - 96 for letter in word.lower()), 0]:
-            steps += letters()[729 * a + 27 * b + c] - ZERO
+            steps += table[729 * a + 27 * b + c] - ZERO
             a, b = b, c
     return 1 + math.exp(min(steps / STEPS, MOST)) if words else 1.0
 

@@ -59,6 +59,7 @@
       (local.set $x (i32.add (local.get $x) (i32.const 16)))
       (local.set $w (i32.add (local.get $w) (i32.const 16)))
       (br_if $next (local.tee $count (i32.sub (local.get $count) (i32.const 4))))))
+
   ;; GELU of a row of $count numbers, x (1 + erf(x / sqrt(2))) / 2, within 2e-7: erf(z) as z times
   ;; the quotient of two polynomials in z * z, z from -4 to 4, with the Eigen library's numbers.
   (func (export "gelu") (param $x i32) (param $count i32)

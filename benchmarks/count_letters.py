@@ -21,16 +21,16 @@ from image import write_atomically
 from keys import STEPS, ZERO, command
 
 EDGE, RARE = "`", 10  # what comes before "a"; a context that was seen so often counts half
+LETTERS = [chr(ord(EDGE) + i) for i in range(27)]
 
 
 def probability(counts, context, letter):
-    """Of a letter behind up to two others, by ``counts`` of all strings of up to three."""
+    """Of a letter behind up to two others, by ``counts`` of strings of one to three letters."""
+    total = sum(counts[context + c] for c in LETTERS)
     if not context:
-        total = sum(counts[1].values())
-        return (counts[1][letter] + 1) / (total + 27)
-    total = counts["before"][context]
+        return (counts[letter] + 1) / (total + len(LETTERS))
     share = total / (total + RARE)
-    own = counts[len(context) + 1][context + letter] / total if total else 0
+    own = counts[context + letter] / max(1, total)
     return share * own + (1 - share) * probability(counts, context[1:], letter)
 
 
@@ -53,17 +53,14 @@ def main():
     except OSError as error:
         raise ValueError(f"{args.words}: cannot be read ({error.strerror})") from None
     words = {word.lower() for word in lines if word.isascii() and word.isalpha() and len(word) > 1}
-    counts = {size: Counter() for size in (1, 2, 3, "before")}
+    counts = Counter()
     for word in words:
         text = EDGE * 2 + word + EDGE
         for end in range(3, len(text) + 1):
-            for size in (1, 2, 3):
-                counts[size][text[end - size : end]] += 1
-            counts["before"].update((text[end - 3 : end - 1], text[end - 2 : end - 1]))
-    letters = [chr(ord(EDGE) + i) for i in range(27)]
+            counts.update(text[end - size : end] for size in (1, 2, 3))
     rows = []
-    for before in (a + b for a in letters for b in letters):
-        shares = [probability(counts, before, c) * (26 if c != EDGE else 1) for c in letters]
+    for before in (a + b for a in LETTERS for b in LETTERS):
+        shares = [probability(counts, before, c) * (26 if c != EDGE else 1) for c in LETTERS]
         steps = [max(-63, round(STEPS * math.log(share))) for share in shares]
         rows.append("".join(chr(ZERO + step) for step in steps))
     write_atomically(args.out, "".join(f"{row}\n" for row in rows).encode("ascii"))
