@@ -46,10 +46,18 @@ from tqdm import tqdm
 
 from ctc_label_converter import length_range
 from image import read_image
-from keys import check_glyphs, command, load_alphabet, load_font, look_at_font
+from keys import command, load_alphabet
 from label_file import SPLITS
 from line_image import LineImage
-from metric import FONT_FOLDERS, contact_sheet, find_chinese_font, font_files
+from metric import (
+    FONT_FOLDERS,
+    check_glyphs,
+    contact_sheet,
+    find_chinese_font,
+    font_files,
+    load_font,
+    look_at_font,
+)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 # hashlib and ImageOps, which reading seldom needs, are imported where they are used: with
-# tempfile, ImageDraw and keys' ImageFont they are a fifteenth of a start.
+# tempfile, ImageDraw and metric's ImageFont they are a fifteenth of a start.
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 PATCH = 4  # pixels: the network sees patches of 4x4, and each column of them is one step of CTC

@@ -1,4 +1,4 @@
-"""The characters MicroOCR can read: alphabets, labels, usual texts, and whether a font shows them.
+"""The characters MicroOCR can read: alphabets, labels and usual texts; and the console.
 
     from keys import load_alphabet
     load_alphabet("alnum59")      # a name from ALPHABETS
@@ -25,10 +25,8 @@ import unicodedata
 from collections import Counter, defaultdict
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 # GB 2312 keeps its 3,755 most frequent characters, ordered by pronunciation, in rows 16
 # to 55 of 94 (GB 2312-1980); of the last row 89. In EUC-CN 0xA0 is added to row and cell.
@@ -43,14 +41,6 @@ ALPHABETS = {
     "ascii": "".join(map(chr, range(32, 127))),
     "gb2312_level1": LEVEL_1.tobytes()[: 2 * 3755].decode("gb2312"),
 }
-
-
-def read_strokes(kind):
-    """{character: the ways to draw it} of a kind in assets/strokes.txt."""
-    text = (Path(__file__).parent / "assets" / "strokes.txt").read_text(encoding="utf-8")
-    lines = [line.split(" ", 2) for line in text.splitlines()]
-    return {c: [way for *of, way in lines if of == [own, c]] for own, c, _ in lines if own == kind}
-
 
 NOT_UTF8 = "is not UTF-8, save the label file as UTF-8"
 SEPARATORS = "_-.#@~ "  # what may stand between a label and the rest of a file name
@@ -425,124 +415,3 @@ def load_alphabet(name_or_path):
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as a UTF-8 text file ({error})") from None
     return check_alphabet(text.removesuffix("\n").removesuffix("\r"), source=str(path))
-
-
-SIZE = 40  # pixels of the font in which `open_font` looks at texts and draws them
-LIKENESS = 0.22  # the least median correlation of a font's glyphs with an ordinary one's
-
-
-def lacking(font, characters):
-    """Those of some characters for which an `ImageFont` has no glyph."""
-
-    def drawn(character):
-        mask = font.getmask(character)
-        return mask.size, bytes(mask)
-
-    # Its "not defined" box, or nothing: Unicode will never assign this code point.
-    missing_glyph = drawn("\U0010ffff")
-    return [c for c in characters if not c.isspace() and drawn(c) == missing_glyph]
-
-
-def load_font(path, size):
-    """Return the font at ``path`` in ``size`` pixels. Raises ValueError if there is none."""
-    try:
-        return open_font(path, size)
-    except OSError as error:
-        raise ValueError(
-            f"--font {path}: cannot be used as a TrueType or OpenType font ({error})"
-        ) from None
-
-
-def check_glyphs(path, alphabet):
-    """Raise ValueError if the font at ``path`` lacks a glyph for a character of ``alphabet``."""
-    if missing := lacking(load_font(path, 32), alphabet):
-        shown = " ".join(missing[:20]) + (" ..." if len(missing) > 20 else "")
-        raise ValueError(
-            f"--font {path}: has no glyph for {len(missing)} of {len(alphabet)} characters "
-            f"({shown}); choose another font or another --alphabet"
-        )
-
-
-class Font(NamedTuple):
-    """A font that texts can be drawn in.
-
-    path, family: of its file. can: the printable characters that it has. capitals: whether
-    its small letters look like its capitals.
-    """
-
-    path: str
-    family: str
-    can: str
-    capitals: bool
-
-
-@lru_cache(128)
-def open_font(path, size=SIZE):
-    """The `ImageFont` in a size of pixels."""
-    from PIL import ImageFont
-
-    # The basic layout is the same on every machine, Raqm may be missing.
-    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
-
-
-def glyph_mask(font, text, bold=0):
-    """An "L" image of what an `ImageFont` draws, ``bold`` pixels bolder; (2, 2) for nothing."""
-    mask = font.getmask(text, stroke_width=bold)
-    size = mask.size if all(mask.size) else (2, 2)
-    return Image.frombytes("L", size, bytes(mask) or bytes(4))
-
-
-def _shape(font, character, slant=0):
-    """(24, 24) float, the glyph stretched to a square, its mean 0. ValueError of an empty one."""
-    glyph = glyph_mask(font, character)
-    if slant:
-        how = (1, slant, -slant * glyph.height, 0, 1, 0)
-        size = glyph.width + math.ceil(slant * glyph.height), glyph.height
-        glyph = glyph.transform(size, Image.Transform.AFFINE, how, Image.Resampling.BILINEAR)
-    box = glyph.getbbox()
-    if not box:
-        raise ValueError(f"nothing is drawn for {character}")
-    shape = np.asarray(glyph.crop(box).resize((24, 24))).astype(np.float32)
-    return shape - shape.mean()
-
-
-def _alike(one, other):
-    """The correlation of two shapes, -1 to 1."""
-    return float((one * other).sum() / (np.linalg.norm(one) * np.linalg.norm(other) + 1e-6))
-
-
-@lru_cache(1)
-def _ordinary():
-    """{character: shapes} of a font that everyone reads, upright and slanted."""
-    from captcha.image import DEFAULT_FONTS  # reading needs no captcha package
-
-    font = open_font(DEFAULT_FONTS[0])
-    return {c: (_shape(font, c), _shape(font, c, 0.3)) for c in ALPHABETS["alnum62"]}
-
-
-def usable_font(path):
-    """The `Font` of a file. Raises ValueError where no text can be drawn with it."""
-    try:
-        font = open_font(path)
-        missing = lacking(font, ALPHABETS["alnum62"])
-        if missing:
-            raise ValueError(f"no glyphs for {' '.join(missing[:5])}")
-        shapes = {c: _shape(font, c) for c in ALPHABETS["alnum62"]}
-        can = set(ALPHABETS["ascii"]).difference(lacking(font, ALPHABETS["ascii"]))
-        empty = [c for c in can if c != " " and not font.getbbox(c)[2] > font.getbbox(c)[0]]
-    except (OSError, ValueError, TypeError, SystemError) as error:  # broken in many ways
-        raise ValueError(str(error)) from None
-    ordinary = _ordinary()
-    likeness = np.median([max(_alike(shapes[c], o) for o in ordinary[c]) for c in shapes])
-    if likeness < LIKENESS:
-        raise ValueError(f"symbols, or letters that few can read ({likeness:.2f})")
-    # Letters whose two cases differ in most fonts.
-    twins = np.median([_alike(shapes[c], shapes[c.upper()]) for c in "abdeghnqr"])
-    can = "".join(sorted(can.difference(empty)))
-    return Font(str(path), font.getname()[0] or Path(path).stem, can, bool(twins > 0.9))
-
-
-def look_at_font(path):
-    """The `usable_font` of a file, None where it is of no use."""
-    with contextlib.suppress(ValueError):
-        return usable_font(path)

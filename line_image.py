@@ -20,7 +20,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from ctc_label_converter import columns_needed
 from image import PATCH, Preprocess
-from keys import ALPHABETS, SIZE, glyph_mask, open_font, read_strokes
+from metric import SIZE, glyph_mask, open_font, read_strokes
 
 
 class Strokes(NamedTuple):
@@ -195,7 +195,7 @@ def strokes_of_hand(text, rng):
         end = end if c in "0247" else None
         advance = (3 if c in ".,:" else 6) * scale + space + rng.gauss(1, 0.7)
         place += (advance * unit[0], rng.gauss(0, 0.4))
-    if text[-1] in ALPHABETS["digits"] and rng.random() < 0.3:
+    if text[-1] in string.digits and rng.random() < 0.3:
         _fill_up(canvas, place, unit[0], thick, rng)
     return canvas.strokes()
 
