@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keys import KINDS, as_usual, check_alphabet, reordered, word_weight
+from keys import KINDS, Ngrams, as_usual, check_alphabet, reordered, word_weight
 
 BLANK = 0  # the class of the CTC blank
 WORDS = 500  # of a lexicon that are compared at a time
 SHORT = 30  # characters up to which `short_text_probability` is the faster one
 LEAST = -80  # logarithm of a probability: what float32 has of below 1e-38 takes CPUs far longer
-SETTINGS = ("alphabet", "temperature", "length", "right_to_left", "expect_kinds")
+SETTINGS = ("alphabet", "temperature", "length", "right_to_left", "expect_kinds", "ngrams")
 # A gap of so many usual ones makes a space so much more probable, in texts of so many characters.
 GAP, SPACE, SPACED = 1.3, 12.0, 6
 # Below that confidence so many more texts compete, of what is not less probable in a column.
@@ -93,18 +93,6 @@ class Search:
         )
 
 
-def length_range(text):
-    """Parse how many characters texts have: "4" is (4, 4), "3-8" is (3, 8).
-
-    Raises ValueError for anything else, and for a range that holds no number from 1.
-    """
-    shortest, _, longest = text.partition("-")
-    bounds = int(shortest), int(longest or shortest)
-    if not 1 <= bounds[0] <= bounds[1]:
-        raise ValueError(text)
-    return bounds
-
-
 def columns_needed(label):
     """Columns that CTC needs for a label: one per character, and a blank between repeats."""
     return len(label) + sum(a == b for a, b in pairwise(label))
@@ -124,13 +112,16 @@ class CTCLabelConverter:
         expect_kinds: whether `decode` expects spaces in wide gaps, and texts `as_usual`, of
             `KINDS` and of words: for networks that read whatever there is, where a network of
             one's own has seen what to expect.
+        ngrams: what `keys.count_ngrams` returns for labels as they look: `decode` expects texts
+            to be like those. None: any.
 
-    Raises ValueError for another alphabet, temperature or length.
+    Raises ValueError for another alphabet, temperature, length or n-grams.
     """
 
     def __init__(
-        self, alphabet, temperature=1.0, length=None, right_to_left=False, expect_kinds=False
-    ):
+        self, alphabet, temperature=1.0, length=None, right_to_left=False, expect_kinds=False,
+        ngrams=None,
+    ):  # fmt: skip
         if not 0 < temperature < math.inf:
             raise ValueError(f"the temperature {temperature} is not greater than 0")
         if length is not None and not (isinstance(length, int) and length >= 1):
@@ -140,6 +131,7 @@ class CTCLabelConverter:
         self.length = length
         self.right_to_left = bool(right_to_left)
         self.expect_kinds = bool(expect_kinds)
+        self.ngrams, self._ngrams = ngrams, Ngrams(ngrams) if ngrams else None
         self.nclass = len(alphabet) + 1
         self._class_of = {character: i for i, character in enumerate(alphabet, 1)}
         self._character_of = ["", *alphabet]
@@ -182,7 +174,7 @@ class CTCLabelConverter:
 
         A text that comes out longer or shorter than ``length`` is searched once more, for
         the most probable one of that many characters. Where `KINDS` are expected, the best one
-        of each competes with it, and where it is doubtful others.
+        of each competes with it; where they or n-grams are, and it is doubtful, others.
 
         Args:
             logits: (N, T, nclass) float array.
@@ -195,9 +187,9 @@ class CTCLabelConverter:
         probs = softmax(logits / self.temperature)
         if columns is None:
             columns = [probs.shape[1]] * len(probs)
-        if self.expect_kinds:
+        if self.expect_kinds or self.ngrams:
             readings = [
-                self._decode_expecting_kinds(image[:count])
+                self._decode_expecting(image[:count])
                 for image, count in zip(probs, columns, strict=True)
             ]
         elif len(probs) == 1:
@@ -243,9 +235,9 @@ class CTCLabelConverter:
             confidence = short_text_probability(probs, targets)
         return Reading(self._text(targets), float(confidence), confidences)
 
-    def _decode_expecting_kinds(self, probs):
-        """`decode` of one image's (T, nclass): the best of texts `as_usual`, by their weights."""
-        probs = self._with_spaces(probs)
+    def _decode_expecting(self, probs):
+        """`decode` of one image's (T, nclass): the best of texts, `as_usual`, by their weights."""
+        probs = self._with_spaces(probs) if self.expect_kinds else probs
         plain = self._decode_one(probs)
         # No text competes only where it is the plain one.
         found, best = {plain.text: plain}, [(self._class_of.keys(), plain.text)]
@@ -256,18 +248,22 @@ class CTCLabelConverter:
                 best.append((own, reading.text))
                 found.setdefault(reading.text or plain.text, reading)
         if plain.confidence < SURE:
-            for prefix, confidence in prefix_beam_search(probs, BEAM, least=PROBABLE):
+            paths = prefix_beam_search(probs, BEAM, self.length or 0, self.length, PROBABLE)
+            for prefix, confidence in paths:
                 text = " ".join(self._text(prefix).split())
                 found.setdefault(text or plain.text, Reading(text, confidence, []))
+        if self.length:
+            found = {text: found[text] for text in found if len(text) == self.length} or found
         kinds = {text: self._weight(text) * found[text].confidence for text in found}
         # That of all texts together, if those that were not found weigh 1.
         total = 1 + sum(kinds[text] - found[text].confidence for text in found)
         # By their words those that were found share what is theirs, and get no more of it.
-        words = {text: word_weight(text) * kinds[text] for text in found}
+        weights = self._ngrams.weights(found) if self.ngrams else map(word_weight, found)
+        words = {text: weight * kinds[text] for text, weight in zip(found, weights, strict=True)}
         factor = sum(kinds.values()) / total / (sum(words.values()) or 1)
         shares, readings = defaultdict(float), {}
         for text in sorted(found, key=words.get):
-            usual = as_usual(text)
+            usual = as_usual(text) if self.expect_kinds else text
             shares[usual] += words[text] * factor
             readings[usual] = found[text]
         text = max(shares, key=shares.get)
@@ -301,8 +297,11 @@ class CTCLabelConverter:
         for reading in readings:
             text, places = reordered(reading.text)
             confidences = [reading.char_confidences[place] for place in places]
-            others = tuple((reordered(other)[0], p) for other, p in reading.alternatives)
-            turned.append(Reading(text, reading.confidence, confidences, others))
+            others, rivals = [
+                tuple((reordered(other)[0], p) for other, p in texts)
+                for texts in (reading.alternatives, reading.rivals)
+            ]
+            turned.append(Reading(text, reading.confidence, confidences, others, rivals))
         return turned
 
     def search(self, logits, search):

@@ -26,7 +26,7 @@ import os
 import sys
 from pathlib import Path
 
-from ctc_label_converter import Search, length_range
+from ctc_label_converter import Search
 from image import (
     SUFFIXES,
     ImageFinder,
@@ -35,7 +35,7 @@ from image import (
     save_picture,
 )  # fmt: skip
 from infer_tool import ROOT, SHIPPED_WEIGHTS, RecInfer, latest_weights
-from keys import command, load_alphabet
+from keys import command, length_range, load_alphabet
 
 SAMPLES = ROOT / "assets" / "samples"
 SHEET = 400  # images on the contact sheet, at most

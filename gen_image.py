@@ -44,9 +44,8 @@ from captcha.image import DEFAULT_FONTS, ImageCaptcha
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from ctc_label_converter import length_range
 from image import read_image
-from keys import command, load_alphabet
+from keys import command, length_range, load_alphabet
 from label_file import SPLITS
 from line_image import LineImage
 from metric import (

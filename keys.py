@@ -74,6 +74,9 @@ KINDS = {
 LETTERS = Path(__file__).parent / "assets" / "letters.txt"  # by benchmarks/count_letters.py
 ZERO, STEPS, MOST = 98, 8, 30  # its code for a logarithm of 0, codes to 1, and the most of a text
 WORD = re.compile(r"\b[A-Za-z]{3,}\b", re.ASCII)
+END = "\n"  # stands before and behind each label that n-grams are counted in
+LONGEST, NGRAMS = 4, 2**14  # characters of an n-gram, and n-grams that are kept, at most
+TRUST = 0.5  # the part of what they say that counts: a network has learnt some of it
 
 
 def _unquoted(text):
@@ -102,6 +105,18 @@ def normalised(text):
 def oddities(text):
     """The names of those MENDS that would change ``text``."""
     return [name for name, mend in MENDS.items() if mend(text) != text]
+
+
+def length_range(text):
+    """Parse how many characters texts have: "4" is (4, 4), "3-8" is (3, 8).
+
+    Raises ValueError for anything else, and for a range that holds no number from 1.
+    """
+    shortest, _, longest = text.partition("-")
+    bounds = int(shortest), int(longest or shortest)
+    if not 1 <= bounds[0] <= bounds[1]:
+        raise ValueError(text)
+    return bounds
 
 
 def is_right_to_left(text):
@@ -149,6 +164,77 @@ def word_weight(text):
             steps += table[729 * a + 27 * b + c] - ZERO
             a, b = b, c
     return 1 + math.exp(min(steps / STEPS, MOST)) if words else 1.0
+
+
+def count_ngrams(labels, longest):
+    """{n-gram of up to ``longest`` characters, END among them: how often it is in labels}.
+
+    All of one character, and of the longer ones the NGRAMS most frequent.
+    """
+    counts = Counter()
+    for label in labels:
+        text = END + label + END
+        for size in range(1, longest + 1):
+            counts.update(text[i : i + size] for i in range(size == 1, len(text) - size + 1))
+    order = sorted(counts, key=lambda ngram: (len(ngram) > 1, -counts[ngram], ngram))
+    return {ngram: counts[ngram] for ngram in order[: NGRAMS + sum(len(n) == 1 for n in order)]}
+
+
+def choose_ngrams(labels, others):
+    """`count_ngrams` of all labels, as they look: as long as fits the others best by the first.
+
+    None where single characters fit about as well, as they do labels drawn at random.
+    """
+    labels, others = ([reordered(text)[0] for text in part] for part in (labels, others))
+    losses = []
+    for longest in range(1, LONGEST + 1):
+        ngrams = Ngrams(count_ngrams(labels, longest))
+        losses.append(-sum(ngrams.log_probability(text, longest) for text in others))
+    best = losses.index(min(losses)) + 1
+    return count_ngrams([*labels, *others], best) if losses[best - 1] < 0.98 * losses[0] else None
+
+
+class Ngrams:
+    """How usual texts are: how probable their characters behind others are by n-grams of labels.
+
+    Witten and Bell, IEEE Transactions on Information Theory 1991: the fewer characters have
+    been seen behind others, the more of those that were seen behind fewer of them count.
+
+    Args:
+        counts: what `count_ngrams` returns. ValueError where it is something else.
+    """
+
+    def __init__(self, counts):
+        self.counts, self.behind = counts, defaultdict(lambda: [0, 0])
+        for ngram, count in counts.items():
+            if not (isinstance(ngram, str) and ngram and isinstance(count, int) and count > 0):
+                raise ValueError(f"{ngram!r}: {count!r} is no n-gram and how often it occurs")
+            seen = self.behind[ngram[:-1]]
+            seen[0] += count
+            seen[1] += 1
+        self.longest, self.even = max(map(len, counts)), 1 / (self.behind[""][1] + 1)
+
+    def log_probability(self, text, longest):
+        """The logarithm of how probable a text and its end are, by n-grams of up to ``longest``."""
+        text, total = END + text + END, 0.0
+        for i in range(1, len(text)):
+            probability = self.even
+            for start in range(i, max(-1, i - longest), -1):
+                seen, kinds = self.behind.get(text[start:i], (0, 0))
+                if not seen:
+                    break
+                count = self.counts.get(text[start : i + 1], 0)
+                probability = (count + kinds * probability) / (seen + kinds)
+            total += math.log(probability)
+        return total
+
+    def weights(self, texts):
+        """How much less than the most usual of some texts each weighs, 0 to 1."""
+        more = [
+            self.log_probability(text, self.longest) - self.log_probability(text, 1)
+            for text in texts
+        ]
+        return [math.exp(TRUST * (own - max(more))) for own in more]
 
 
 def reordered(text):

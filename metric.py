@@ -132,7 +132,8 @@ def fit_temperature(converter, batches, fold=str):
         batches: an iterable of (logits (N, T, nclass), columns (N,), labels).
         fold: what is done to a text before it is compared with its label.
     """
-    scaled = [converter.replaced(temperature=temperature) for temperature in TEMPERATURES]
+    # Usual texts are told from others by n-grams afterwards.
+    scaled = [converter.replaced(temperature=t, ngrams=None) for t in TEMPERATURES]
     loss = dict.fromkeys(TEMPERATURES, 0.0)
     for logits, columns, labels in batches:
         for own in scaled:

@@ -275,9 +275,7 @@ def browser_network(recogniser):
     return {
         "nh": model.nh,
         "depth": model.depth,
-        "alphabet": converter.alphabet,
-        "temperature": converter.temperature,
-        "length": converter.length,
+        **converter.settings(),
         "weights": KINDS if converter.expect_kinds else {},
         "letters": letters().decode() if converter.expect_kinds else "",
         "preprocess": asdict(recogniser.preprocess),

@@ -532,7 +532,7 @@ def first_recogniser(args, plan, start):
     """
     checked, preset = plan.checked, plan.preset
     if start and not args.fine_tune:
-        converter = start.converter.replaced(length=preset.length)
+        converter = start.converter.replaced(length=preset.length, ngrams=None)
         return replace(start, converter=converter, task=args.task, half=args.half)
     turned = any(map(is_right_to_left, checked.alphabet))
     converter = CTCLabelConverter(

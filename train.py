@@ -60,7 +60,7 @@ from ctc_label_converter import vote
 from dataset import DataOptions, case_folding, data_sheet
 from image import SURE, other_looks, save_picture
 from infer_tool import RecInfer, latest_weights, written_weights
-from keys import command
+from keys import choose_ngrams, command
 from loss import (
     CTCLoss,
     MovingAverage,
@@ -150,26 +150,18 @@ def loss_of(run, batch, criterion):
     return criterion(logits.float(), targets, batch.columns, batch.target_lengths)
 
 
-def set_learning_rate(run):
-    """Set the rate of the step that comes next, and return it."""
-    preset = run.plan.preset
-    steps = preset.epochs * len(run.train_batches)
-    fall = run.progress.fall and run.progress.fall[::2]
-    run.optimizer.lr = learning_rate(preset, run.progress.step, steps, fall)
-    return run.optimizer.lr
-
-
 def train_epoch(run, bar):
     """Train on each image once. Returns (mean loss, last learning rate).
 
     Raises ValueError where the gradients stay without finite values.
     """
     run.recogniser.model.train()
-    progress, criterion = run.progress, CTCLoss()
+    progress, criterion, preset = run.progress, CTCLoss(), run.plan.preset
+    steps, fall = preset.epochs * len(run.train_batches), progress.fall and progress.fall[::2]
     total_loss, images, in_a_row = torch.zeros((), device=run.device), 0, 0
     for batch in run.train_batches:
-        lr = set_learning_rate(run)
-        criterion.set_step(progress.step, run.plan.preset.flat)
+        lr = run.optimizer.lr = learning_rate(preset, progress.step, steps, fall)
+        criterion.set_step(progress.step, preset.flat)
         kept = run.optimizer.numbers.statistics.clone()
         loss = loss_of(run, batch, criterion)
         # The processes' gradients are averaged, their shares of a batch may differ by an image.
@@ -465,6 +457,13 @@ def finish(run, world):
     else:
         best = calibrate(best, batches(run.plan.held_out), run.device)
         best = choose_looks(best, run.plan, batches(run.plan.held_out), run.device)
+    if run.plan.held_out is not checked.test:  # of which nothing may be known
+        parts = ([sample.label for sample in part] for part in (checked.train, run.plan.held_out))
+        ngrams = choose_ngrams(*parts)
+        best = replace(best, converter=best.converter.replaced(ngrams=ngrams))
+        if ngrams:
+            count = max(map(len, ngrams))
+            print(f"doubtful texts are read as labels are, by {count} characters in a row")
     network.save_checkpoint(files.checkpoint, best)
     _, readings = evaluate(best, batches(checked.test), run.device)
     readings = look_again(best, checked, checked.test, readings, run.device)

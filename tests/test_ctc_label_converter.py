@@ -13,11 +13,10 @@ from ctc_label_converter import (
     Reading,
     Search,
     columns_needed,
-    length_range,
     softmax,
     vote,
 )
-from keys import load_alphabet
+from keys import count_ngrams, length_range, load_alphabet, reordered
 
 ALPHABET = "ab1"
 COLUMNS = 5
@@ -234,6 +233,18 @@ def test_where_usual_kinds_of_text_are_expected_they_weigh_more(logits):
         assert reading.text == plain.text or plain.confidence < 0.999
 
 
+def doubtful(looks, hint, share, alphabet):
+    """(1, T, nclass) logits of a text whose characters look like either of two texts'."""
+    looks, hint = reordered(looks)[0], reordered(hint)[0]
+    probs = np.full((1, 3 * len(looks), len(alphabet) + 1), 1e-5)
+    probs[:, :, BLANK] = 1
+    for column, (look, other) in enumerate(zip(looks, hint, strict=True)):
+        probs[0, 3 * column + 1, BLANK] = 1e-5
+        probs[0, 3 * column + 1, alphabet.index(other) + 1] = 1 - share
+        probs[0, 3 * column + 1, alphabet.index(look) + 1] = share if look != other else 1
+    return np.log(probs)
+
+
 @pytest.mark.parametrize(
     ("looks", "hint", "text"),
     [
@@ -247,19 +258,44 @@ def test_where_usual_kinds_of_text_are_expected_they_weigh_more(logits):
 def test_what_looks_like_other_letters_is_read_as_words_have_them(looks, hint, text):
     """Where a character looks 3 to 2 like that of ``looks`` rather than that of ``hint``."""
     alphabet = load_alphabet("ascii")
-    probs = np.full((1, 3 * len(text), len(alphabet) + 1), 1e-5)
-    probs[:, :, BLANK] = 1
-    for column, (look, other) in enumerate(zip(looks, hint, strict=True)):
-        probs[0, 3 * column + 1, BLANK] = 1e-5
-        probs[0, 3 * column + 1, alphabet.index(other) + 1] = 0.4
-        probs[0, 3 * column + 1, alphabet.index(look) + 1] = 0.6
-    logits = np.log(probs)
+    logits = doubtful(looks, hint, 0.6, alphabet)
     assert CTCLabelConverter(alphabet).decode(logits)[0].text == looks
     [reading] = CTCLabelConverter(alphabet, expect_kinds=True).decode(logits)
     assert reading.text == text
     shares = {(True, True): 1, (True, False): 0.6, (False, True): 0.4}
     expected = [shares[c == a, c == b] for c, a, b in zip(text, looks, hint, strict=True)]
     assert reading.char_confidences == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("looks", "hint", "share", "text"),
+    [
+        ("K0-118", "KO-118", 0.6, "KO-118"),
+        ("K0-118", "KO-118", 0.999, "K0-118"),  # which nobody doubts
+        ("KO-1I8", "KO-118", 0.6, "KO-118"),
+        ("אב-108", "אב-1O8", 0.4, "אב-108"),
+    ],
+)
+def test_doubtful_texts_are_read_as_the_labels_of_a_training_are(looks, hint, share, text):
+    """Where a character looks like that of ``looks`` by a share, else like that of ``hint``."""
+    labels = [f"KO-{number}" for number in range(100, 200)]
+    labels += [f"אב-{number}" for number in range(100, 120)]
+    alphabet = "".join(sorted({*"".join(labels), "I"}))
+    logits = doubtful(looks, hint, share, alphabet)
+    ngrams = count_ngrams([reordered(label)[0] for label in labels], 3)
+    plain = CTCLabelConverter(alphabet, right_to_left=text[0] > "Z")
+    expecting = plain.replaced(ngrams=ngrams)
+    [reading], [before] = expecting.decode(logits), plain.decode(logits)
+    assert reading.text == text
+    assert expecting.replaced(ngrams=None).decode(logits) == [before]
+    # Those that were found share their probability: none is lost or made up.
+    [best] = plain.search(logits, Search(top=10))
+    found = [p for _, p in (best[:2], *best.alternatives)] if share < 0.9 else [before.confidence]
+    shares = [p for _, p in (reading[:2], *reading.rivals)]
+    assert sum(shares) == pytest.approx(sum(found), abs=0.01)
+    assert len(reading.char_confidences) == len(text)
+    [fixed] = expecting.replaced(length=len(text)).decode(logits)
+    assert {len(other) for other, _ in (fixed[:2], *fixed.rivals)} == {len(text)}
 
 
 def test_a_large_lexicon_takes_bounded_memory(logits):

@@ -208,6 +208,7 @@ def test_broken_and_foreign_networks_are_refused(tmp_path):
         "no_temperature": {"temperature": "0"},
         "tall": {"preprocess": json.dumps({"height": 64})},
         "unknown": {"preprocess": json.dumps({"hight": 32})},
+        "ngrams": {"ngrams": json.dumps({"a": -1})},
     }.items():
         onnx.helper.set_model_props(network, metadata | change)
         cases[name] = network.SerializeToString()

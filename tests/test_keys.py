@@ -1,5 +1,7 @@
-"""Alphabets by name and from files."""
+"""Alphabets by name and from files, and what texts are usual."""
 
+import itertools
+import math
 import random
 import string
 
@@ -7,8 +9,12 @@ import pytest
 
 from keys import (
     ALPHABETS,
+    NGRAMS,
+    Ngrams,
     as_usual,
     check_alphabet,
+    choose_ngrams,
+    count_ngrams,
     load_alphabet,
     normalised,
     oddities,
@@ -130,3 +136,35 @@ def test_nothing_but_look_alikes_is_changed():
             is_case = before.swapcase() == after and before.lower() in "cosuvwxz"
             assert before == after or is_case or before.translate(looks) == after
         assert as_usual(usual) == usual
+
+
+def test_the_probabilities_of_all_texts_are_1_in_sum():
+    """Of those of seven characters at most; "?" stands for all that no label has."""
+    texts = ["".join(text) for size in range(8) for text in itertools.product("ab?", repeat=size)]
+    for longest in (1, 2, 4):
+        ngrams = Ngrams(count_ngrams(["a", "ab", "abb", "b", "bab"], longest))
+        total = sum(math.exp(ngrams.log_probability(text, longest)) for text in texts)
+        assert 0.95 < total < 1
+    usual, *others = ngrams.weights(["abb", "a?b", "bba"])
+    assert usual == 1 > max(others) > min(others) > 0
+
+
+def test_only_texts_that_follow_rules_are_expected_to_be_like_labels():
+    rng = random.Random(0)
+    drawn = ["".join(rng.choices(string.digits, k=5)) for _ in range(2000)]
+    assert choose_ngrams(drawn[:1800], drawn[1800:]) is None
+    rising = ["".join(sorted(text)) for text in drawn]
+    ngrams = choose_ngrams(rising[:1800], rising[1800:])
+    usual, other = Ngrams(ngrams).weights(["24468", "24418"])
+    assert usual == 1 > 10 * other
+    texts = ["".join(rng.choices(string.printable[:90], k=40)) for _ in range(2000)]
+    assert len(count_ngrams(texts, 4)) == NGRAMS + len(set("".join(texts))) + 1
+    as_it_looks = choose_ngrams(["שלום"] * 9, ["שלום"])
+    assert "ול" in as_it_looks
+    assert "לו" not in as_it_looks
+
+
+@pytest.mark.parametrize("counts", [{"a": -1}, {"": 2}, {3: 2}, {"a": "b"}, {"a": 0.5}])
+def test_what_is_no_table_of_ngrams_is_refused(counts):
+    with pytest.raises(ValueError, match="n-gram"):
+        Ngrams(counts)
