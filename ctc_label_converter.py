@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keys import KINDS, Ngrams, as_usual, check_alphabet, reordered, word_weight
+from keys import KINDS, Ngrams, as_usual, check_alphabet, code_weight, reordered, word_weight
 
 BLANK = 0  # the class of the CTC blank
 WORDS = 500  # of a lexicon that are compared at a time
@@ -273,9 +273,9 @@ class CTCLabelConverter:
         return Reading(text, confidence, sure, (), tuple(shares.items()))
 
     def _weight(self, text):
-        """How much more than others a text of its `KINDS` weighs."""
+        """How much more than others a text weighs: one of `KINDS`, a code."""
         kinds = [weight for own, _, weight in self._kinds if text and own.issuperset(text)]
-        return kinds[-1] if kinds else 1.0
+        return (kinds[-1] if kinds else 1.0) * (code_weight(text) if self.expect_kinds else 1.0)
 
     def _with_spaces(self, probs):
         """(T, nclass) probabilities, a space more probable in gaps that are wider than others."""

@@ -71,6 +71,10 @@ KINDS = {
     string.digits + ".,:-/ ": 20.0,
     string.digits: 600.0,
 }
+# Text of letters and digits, and what looks like a 1 in it: more often one of three letters than
+# a 1, but not beside a digit, for many codes have all their digits in a row.
+CODE = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[^ ]+", re.ASCII)
+STROKE = re.compile(r"(?<!\d)[lIi](?!\d)", re.ASCII)
 LETTERS = Path(__file__).parent / "assets" / "letters.txt"  # by benchmarks/count_letters.py
 ZERO, STEPS, MOST = 98, 8, 30  # its code for a logarithm of 0, codes to 1, and the most of a text
 WORD = re.compile(r"\b[A-Za-z]{3,}\b", re.ASCII)
@@ -143,6 +147,11 @@ def _in_one_case(word):
     if sure.islower():
         return first + rest.lower()
     return (first.upper() if first in SAME_IN_BOTH else first) + rest.upper()
+
+
+def code_weight(text):
+    """How much more than others a text weighs for each STROKE in it, 1 if it is no CODE."""
+    return 3.0 ** len(STROKE.findall(text)) if CODE.fullmatch(text) else 1.0
 
 
 @lru_cache(1)

@@ -253,9 +253,12 @@ def doubtful(looks, hint, share, alphabet):
         ("TOTAI 40", "TOTAL 40", "TOTAL 40"),
         ("XK7VQ2", "XK7VO2", "XK7VQ2"),  # a code
         ("Qnfkc", "Qntkc", "Qnfkc"),  # neither is a word
+        ("K1XV92", "KIXV92", "KIXV92"),  # of the strokes of a code most are letters
+        ("K1992X", "KI992X", "K1992X"),
+        ("27.1", "27.I", "27.1"),
     ],
 )
-def test_what_looks_like_other_letters_is_read_as_words_have_them(looks, hint, text):
+def test_what_looks_like_other_characters_is_read_as_words_and_codes_have_them(looks, hint, text):
     """Where a character looks 3 to 2 like that of ``looks`` rather than that of ``hint``."""
     alphabet = load_alphabet("ascii")
     logits = doubtful(looks, hint, 0.6, alphabet)
