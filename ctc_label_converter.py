@@ -188,10 +188,8 @@ class CTCLabelConverter:
         if columns is None:
             columns = [probs.shape[1]] * len(probs)
         if self.expect_kinds or self.ngrams:
-            readings = [
-                self._decode_expecting(image[:count])
-                for image, count in zip(probs, columns, strict=True)
-            ]
+            parts = zip(probs, columns, strict=True)
+            readings = [self._decode_expecting(image[:count]) for image, count in parts]
         elif len(probs) == 1:
             readings = [self._decode_one(probs[0, : columns[0]])]
         else:
@@ -238,22 +236,7 @@ class CTCLabelConverter:
     def _decode_expecting(self, probs):
         """`decode` of one image's (T, nclass): the best of texts, `as_usual`, by their weights."""
         probs = self._with_spaces(probs) if self.expect_kinds else probs
-        plain = self._decode_one(probs)
-        # No text competes only where it is the plain one.
-        found, best = {plain.text: plain}, [(self._class_of.keys(), plain.text)]
-        for own, classes, _ in self._kinds:
-            # The best path of a larger kind that has no other classes is the best of these too.
-            if not any(own <= kind and own.issuperset(text) for kind, text in best):
-                reading = self._decode_one(probs * classes)
-                best.append((own, reading.text))
-                found.setdefault(reading.text or plain.text, reading)
-        if plain.confidence < SURE:
-            paths = prefix_beam_search(probs, BEAM, self.length or 0, self.length, PROBABLE)
-            for prefix, confidence in paths:
-                text = " ".join(self._text(prefix).split())
-                found.setdefault(text or plain.text, Reading(text, confidence, []))
-        if self.length:
-            found = {text: found[text] for text in found if len(text) == self.length} or found
+        found = self._competing(probs)
         kinds = {text: self._weight(text) * found[text].confidence for text in found}
         # That of all texts together, if those that were not found weigh 1.
         total = 1 + sum(kinds[text] - found[text].confidence for text in found)
@@ -271,6 +254,24 @@ class CTCLabelConverter:
         classes = [self._class_of[c] for c in reading.text]
         sure = reading.char_confidences or aligned_probabilities(probs, classes)
         return Reading(text, confidence, sure, (), tuple(shares.items()))
+
+    def _competing(self, probs):
+        """{text: its `Reading`} of the plain text, each kind's best and, if doubtful, others."""
+        plain = self._decode_one(probs)
+        # No text competes only where it is the plain one.
+        found, best = {plain.text: plain}, [(self._class_of.keys(), plain.text)]
+        for own, classes, _ in self._kinds:
+            # The best path of a larger kind that has no other classes is the best of these too.
+            if not any(own <= kind and own.issuperset(text) for kind, text in best):
+                reading = self._decode_one(probs * classes)
+                best.append((own, reading.text))
+                found.setdefault(reading.text or plain.text, reading)
+        if plain.confidence < SURE:
+            paths = prefix_beam_search(probs, BEAM, self.length or 0, self.length, PROBABLE)
+            for prefix, confidence in paths:
+                text = " ".join(self._text(prefix).split())
+                found.setdefault(text or plain.text, Reading(text, confidence, []))
+        return {t: found[t] for t in found if self.length in (None, len(t))} or found
 
     def _weight(self, text):
         """How much more than others a text weighs: one of `KINDS`, a code."""

@@ -1,4 +1,4 @@
-"""What is decided before a training: flags that cannot be used, processes that train together."""
+"""What a training decides: which flags cannot be used, who trains together, what labels tell."""
 
 import os
 import re
@@ -6,14 +6,16 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import ENVIRONMENT, ROOT, assert_clear_error, load, run_each
+from helpers import ENVIRONMENT, ROOT, assert_clear_error, load, run_each, run_script
+from PIL import Image, ImageFilter
 
 from dataset import Checked
 from image import Preprocess
-from infer_tool import SHIPPED_WEIGHTS
+from infer_tool import SHIPPED_WEIGHTS, RecInfer
 from loss import fall_of
 from metric import EpochResult
 from model import load_checkpoint
@@ -153,3 +155,24 @@ def test_without_a_compiler_nothing_is_compiled(digits, tmp_path):
         env=ENVIRONMENT | {"PATH": str(tmp_path)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert_clear_error(process, "--compile", "C++ compiler")
+
+
+def test_doubtful_texts_are_read_as_the_labels_are(trained, digits, tmp_path):
+    folder, labels, blurred = tmp_path / "rising", [], []
+    folder.mkdir()
+    for line in (digits / "train.txt").read_text(encoding="utf-8").splitlines():
+        path, label = line.split("\t")
+        if list(label) == sorted(label):
+            shutil.copy(digits / path, folder / f"{label}_{Path(path).stem}.png")
+            labels.append(label)
+            blurred.append(Image.open(digits / path).filter(ImageFilter.GaussianBlur(2)))
+    known = trained[0] / "save_model" / f"{NAME}.pth"
+    flags = ["--label-separator", "_", "--weights", known, "--fine-tune", "--epochs", 1]
+    process = run_script("train.py", "--data", folder, *flags, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    reader, right = RecInfer(tmp_path / "save_model" / "rising_nh16_depth2.pth"), []
+    for ngrams in reader.converter.ngrams, None:
+        reader.converter = reader.converter.replaced(ngrams=ngrams)
+        readings = reader.predict(blurred)
+        right.append(sum(r.text == label for r, label in zip(readings, labels, strict=True)))
+    assert right[0] > 1.2 * right[1] > 0
