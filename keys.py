@@ -198,7 +198,7 @@ def choose_ngrams(labels, others):
     losses = []
     for longest in range(1, LONGEST + 1):
         ngrams = Ngrams(count_ngrams(labels, longest))
-        losses.append(-sum(ngrams.log_probability(text, longest) for text in others))
+        losses.append(-sum(map(ngrams.log_probability, others)))
     best = losses.index(min(losses)) + 1
     return count_ngrams([*labels, *others], best) if losses[best - 1] < 0.98 * losses[0] else None
 
@@ -221,28 +221,33 @@ class Ngrams:
             seen = self.behind[ngram[:-1]]
             seen[0] += count
             seen[1] += 1
-        self.longest, self.even = max(map(len, counts)), 1 / (self.behind[""][1] + 1)
+        if "" not in self.behind:
+            raise ValueError("n-grams of one character are missing")
+        self.even = 1 / (self.behind[""][1] + 1)
 
-    def log_probability(self, text, longest):
-        """The logarithm of how probable a text and its end are, by n-grams of up to ``longest``."""
-        text, total = END + text + END, 0.0
+    def _probabilities(self, text):
+        """For each character of a text and its end, how probable it is by ever longer n-grams.
+
+        The first is that of one among all that are known, the next that by n-grams of one.
+        """
+        text = END + text + END
         for i in range(1, len(text)):
-            probability = self.even
-            for start in range(i, max(-1, i - longest), -1):
+            found = [self.even]
+            for start in range(i, -1, -1):
                 seen, kinds = self.behind.get(text[start:i], (0, 0))
                 if not seen:
                     break
                 count = self.counts.get(text[start : i + 1], 0)
-                probability = (count + kinds * probability) / (seen + kinds)
-            total += math.log(probability)
-        return total
+                found.append((count + kinds * found[-1]) / (seen + kinds))
+            yield found
+
+    def log_probability(self, text):
+        """The logarithm of how probable a text and its end are."""
+        return sum(math.log(found[-1]) for found in self._probabilities(text))
 
     def weights(self, texts):
         """How much less than the most usual of some texts each weighs, 0 to 1."""
-        more = [
-            self.log_probability(text, self.longest) - self.log_probability(text, 1)
-            for text in texts
-        ]
+        more = [sum(math.log(p[-1] / p[1]) for p in self._probabilities(text)) for text in texts]
         return [math.exp(TRUST * (own - max(more))) for own in more]
 
 
