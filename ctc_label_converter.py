@@ -238,12 +238,13 @@ class CTCLabelConverter:
         probs = self._with_spaces(probs) if self.expect_kinds else probs
         found = self._competing(probs)
         kinds = {text: self._weight(text) * found[text].confidence for text in found}
-        # That of all texts together, if those that were not found weigh 1.
-        total = 1 + sum(kinds[text] - found[text].confidence for text in found)
-        # By their words those that were found share what is theirs, and get no more of it.
-        weights = self._ngrams.weights(found) if self.ngrams else map(word_weight, found)
+        rest = max(0.0, 1 - sum(reading.confidence for reading in found.values()))
+        weights = list(self._ngrams.weights(found) if self.ngrams else map(word_weight, found))
         words = {text: weight * kinds[text] for text, weight in zip(found, weights, strict=True)}
-        factor = sum(kinds.values()) / total / (sum(words.values()) or 1)
+        # What was not found is as usual in the mean, or, by n-grams, which fit few, in the median.
+        mean = sum(words.values()) / (sum(kinds.values()) or 1)
+        typical = min(mean, float(np.median(weights))) if self.ngrams else mean
+        factor = 1 / (sum(words.values()) + rest * typical or 1)
         shares, readings = defaultdict(float), {}
         for text in sorted(found, key=words.get):
             usual = as_usual(text) if self.expect_kinds else text

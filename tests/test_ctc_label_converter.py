@@ -301,6 +301,18 @@ def test_doubtful_texts_are_read_as_the_labels_of_a_training_are(looks, hint, sh
     assert {len(other) for other, _ in (fixed[:2], *fixed.rivals)} == {len(text)}
 
 
+def test_what_no_beam_finds_is_taken_to_be_as_unusual_as_most_of_what_it_finds():
+    """So a long text in doubt, of which there are thousands, is likely where it alone is usual."""
+    labels = [f"AB-{number}-CD-{number}" for number in range(100, 400)]
+    alphabet = "-0123456789ABCDl"
+    logits = doubtful("AB-111-CD-111", "48-lll-C0-lll", 0.55, alphabet)
+    plain = CTCLabelConverter(alphabet)
+    [found] = plain.search(logits, Search(top=10))
+    assert sum(p for _, p in (found[:2], *found.alternatives)) < 0.05
+    [reading] = plain.replaced(ngrams=count_ngrams(labels, 4)).decode(logits)
+    assert reading.text == "AB-111-CD-111" and 0.4 < reading.confidence < 0.8
+
+
 def test_a_large_lexicon_takes_bounded_memory(logits):
     words = tuple(f"{'ab1' * 5}"[i % 7 : i % 7 + 5] + "a" * (i % 3) for i in range(20000))
     tracemalloc.start()
