@@ -2,13 +2,13 @@
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
-from keys import KINDS, Ngrams, as_usual, check_alphabet, code_weight, reordered, word_weight
+from keys import KINDS, Ngrams, as_usual, check_alphabet, kind_weight, reordered, share, word_weight
 
 BLANK = 0  # the class of the CTC blank
 WORDS = 500  # of a lexicon that are compared at a time
@@ -76,7 +76,8 @@ class Search:
 
     Where no length is given, nor a lexicon, that of the `CTCLabelConverter` holds.
     A subset makes the probabilities conditional on it: they tell how probable a text
-    is among those that it allows. So does a lexicon. A length does not.
+    is among those that it allows. So does a lexicon. A length does not. What a network
+    expects of texts counts here too, but not where a lexicon says what they are.
     """
 
     beam: int = 10
@@ -135,10 +136,10 @@ class CTCLabelConverter:
         self.nclass = len(alphabet) + 1
         self._class_of = {character: i for i, character in enumerate(alphabet, 1)}
         self._character_of = ["", *alphabet]
-        # A kind's characters, (nclass,) True for their classes, how much more its texts weigh.
+        # A kind's characters, and (nclass,) True for their classes.
         self._kinds = [
-            (set(own) & set(alphabet), np.array([True, *(c in own for c in alphabet)]), weight)
-            for own, weight in (KINDS.items() if expect_kinds else ())
+            (set(own) & set(alphabet), np.array([True, *(c in own for c in alphabet)]))
+            for own in (KINDS if expect_kinds else ())
         ]
 
     def settings(self):
@@ -233,51 +234,49 @@ class CTCLabelConverter:
             confidence = short_text_probability(probs, targets)
         return Reading(self._text(targets), float(confidence), confidences)
 
-    def _decode_expecting(self, probs):
-        """`decode` of one image's (T, nclass): the best of texts, `as_usual`, by their weights."""
+    def _decode_expecting(self, probs, search=None):
+        """The `Reading` of one image's (T, nclass): the best of a `Search`'s texts, `as_usual`."""
         probs = self._with_spaces(probs) if self.expect_kinds else probs
-        found = self._competing(probs)
-        kinds = {text: self._weight(text) * found[text].confidence for text in found}
-        rest = max(0.0, 1 - sum(reading.confidence for reading in found.values()))
-        weights = list(self._ngrams.weights(found) if self.ngrams else map(word_weight, found))
-        words = {text: weight * kinds[text] for text, weight in zip(found, weights, strict=True)}
-        # What was not found is as usual in the mean, or, by n-grams, which fit few, in the median.
-        mean = sum(words.values()) / (sum(kinds.values()) or 1)
-        typical = min(mean, float(np.median(weights))) if self.ngrams else mean
-        factor = 1 / (sum(words.values()) + rest * typical or 1)
+        found = self._competing(probs, search)
+        if not found:
+            return Reading("", 0.0, [])
+        confidences = [reading.confidence for reading in found.values()]
+        kinds = [kind_weight(text) if self.expect_kinds else 1.0 for text in found]
+        weights = self._ngrams.weights(found) if self.ngrams else [*map(word_weight, found)]
+        weights = weights if max(confidences) < SURE else [1.0] * len(found)  # nobody doubts it
+        probable = share(confidences, kinds, weights, few=bool(self.ngrams))
         shares, readings = defaultdict(float), {}
-        for text in sorted(found, key=words.get):
+        for text, part in sorted(zip(found, probable, strict=True), key=lambda pair: pair[1]):
             usual = as_usual(text) if self.expect_kinds else text
-            shares[usual] += words[text] * factor
+            usual = usual if not search or search.allows(usual) else text
+            shares[usual] += part
             readings[usual] = found[text]
-        text = max(shares, key=shares.get)
-        reading, confidence = readings[text], min(1.0, shares.pop(text))
-        classes = [self._class_of[c] for c in reading.text]
-        sure = reading.char_confidences or aligned_probabilities(probs, classes)
-        return Reading(text, confidence, sure, (), tuple(shares.items()))
+        (text, confidence), *others = sorted(shares.items(), key=lambda pair: -pair[1])
+        classes = [self._class_of[c] for c in readings[text].text]
+        sure = readings[text].char_confidences or aligned_probabilities(probs, classes)
+        shown = search.top - 1 if search else 0
+        others = tuple(others[:shown]), tuple(others[shown:])
+        return Reading(text, min(1.0, confidence), sure, *others)
 
-    def _competing(self, probs):
+    def _competing(self, probs, search):
         """{text: its `Reading`} of the plain text, each kind's best and, if doubtful, others."""
         plain = self._decode_one(probs)
         # No text competes only where it is the plain one.
         found, best = {plain.text: plain}, [(self._class_of.keys(), plain.text)]
-        for own, classes, _ in self._kinds:
+        for own, classes in self._kinds:
             # The best path of a larger kind that has no other classes is the best of these too.
             if not any(own <= kind and own.issuperset(text) for kind, text in best):
                 reading = self._decode_one(probs * classes)
                 best.append((own, reading.text))
                 found.setdefault(reading.text or plain.text, reading)
-        if plain.confidence < SURE:
-            paths = prefix_beam_search(probs, BEAM, self.length or 0, self.length, PROBABLE)
-            for prefix, confidence in paths:
+        limits = search or Search(BEAM, shortest=self.length or 0, longest=self.length)
+        if search or plain.confidence < SURE:
+            of = limits.beam, limits.shortest, limits.longest, 0 if search else PROBABLE
+            for prefix, confidence in prefix_beam_search(probs, *of):
                 text = " ".join(self._text(prefix).split())
                 found.setdefault(text or plain.text, Reading(text, confidence, []))
-        return {t: found[t] for t in found if self.length in (None, len(t))} or found
-
-    def _weight(self, text):
-        """How much more than others a text weighs: one of `KINDS`, a code."""
-        kinds = [weight for own, _, weight in self._kinds if text and own.issuperset(text)]
-        return (kinds[-1] if kinds else 1.0) * (code_weight(text) if self.expect_kinds else 1.0)
+        fit = {text: found[text] for text in found if limits.allows(text)}
+        return fit if fit or search else found
 
     def _with_spaces(self, probs):
         """(T, nclass) probabilities, a space more probable in gaps that are wider than others."""
@@ -338,13 +337,14 @@ class CTCLabelConverter:
             words = [*filter(search.allows, known)]
             if not words:
                 raise ValueError("no text of the lexicon fits the alphabet and the constraints")
-        shortest, longest = search.shortest, search.longest
-        if self.length is not None and not shortest and longest is None:
-            shortest = longest = self.length
+        if self.length is not None and not search.shortest and search.longest is None:
+            search = replace(search, shortest=self.length, longest=self.length)
+        if words is None and (self.expect_kinds or self.ngrams):
+            return [self._decode_expecting(image, search) for image in probs]
         readings = []
         for image in probs:
             if words is None:
-                paths = prefix_beam_search(image, search.beam, shortest, longest)
+                paths = prefix_beam_search(image, search.beam, search.shortest, search.longest)
                 found = [(self._text(prefix), probability) for prefix, probability in paths]
             else:
                 found = self._choose(image, words)

@@ -154,6 +154,12 @@ def code_weight(text):
     return 3.0 ** len(STROKE.findall(text)) if CODE.fullmatch(text) else 1.0
 
 
+def kind_weight(text):
+    """How much more than others a text weighs: one of `KINDS`, a code."""
+    weights = [weight for own, weight in KINDS.items() if text and all(c in own for c in text)]
+    return (weights[-1] if weights else 1.0) * code_weight(text)
+
+
 @lru_cache(1)
 def letters():
     """27 * 27 * 27 bytes: how usual a letter is behind two others, as count_letters.py says."""
@@ -173,6 +179,24 @@ def word_weight(text):
             steps += table[729 * a + 27 * b + c] - ZERO
             a, b = b, c
     return 1 + math.exp(min(steps / STEPS, MOST)) if words else 1.0
+
+
+def share(probabilities, kinds, weights, few):
+    """How probable each of some texts is if some weigh more than others.
+
+    Args:
+        probabilities: theirs before. What is left of 1 is that of all others, not looked at.
+        kinds: how much more each weighs for its kind. Other texts are of none, and weigh 1.
+        weights: how much more for its words or n-grams. Others weigh as these do in the mean.
+        few: whether few texts are usual, the most probable ones closer to them than most are:
+            then others weigh no more than the median.
+    """
+    own = [p * kind for p, kind in zip(probabilities, kinds, strict=True)]
+    all_in_all = [p * weight for p, weight in zip(own, weights, strict=True)]
+    usual = sum(all_in_all) / (sum(own) or 1)
+    usual = min(usual, float(np.median(weights))) if few else usual
+    total = sum(all_in_all) + max(0.0, 1 - sum(probabilities)) * usual
+    return [p / (total or 1) for p in all_in_all]
 
 
 def count_ngrams(labels, longest):

@@ -263,8 +263,13 @@ def test_what_looks_like_other_characters_is_read_as_words_and_codes_have_them(l
     alphabet = load_alphabet("ascii")
     logits = doubtful(looks, hint, 0.6, alphabet)
     assert CTCLabelConverter(alphabet).decode(logits)[0].text == looks
-    [reading] = CTCLabelConverter(alphabet, expect_kinds=True).decode(logits)
-    assert reading.text == text
+    expecting = CTCLabelConverter(alphabet, expect_kinds=True)
+    [reading], [found] = expecting.decode(logits), expecting.search(logits, Search(top=3))
+    assert reading.text == found.text == text and len(found.alternatives) == 2
+    assert found.confidence == pytest.approx(reading.confidence, abs=0.01)
+    allowed = set(alphabet) - set(text) | set(looks)  # what is usual is not asked for
+    [found] = expecting.search(logits, Search(top=3, subset="".join(allowed)))
+    assert all(set(t) <= allowed for t, _ in (found[:2], *found.alternatives))
     shares = {(True, True): 1, (True, False): 0.6, (False, True): 0.4}
     expected = [shares[c == a, c == b] for c, a, b in zip(text, looks, hint, strict=True)]
     assert reading.char_confidences == pytest.approx(expected, abs=0.01)
@@ -289,7 +294,8 @@ def test_doubtful_texts_are_read_as_the_labels_of_a_training_are(looks, hint, sh
     plain = CTCLabelConverter(alphabet, right_to_left=text[0] > "Z")
     expecting = plain.replaced(ngrams=ngrams)
     [reading], [before] = expecting.decode(logits), plain.decode(logits)
-    assert reading.text == text
+    [searched] = expecting.search(logits, Search(top=2))
+    assert reading.text == searched.text == text and len(searched.alternatives) == 1
     assert expecting.replaced(ngrams=None).decode(logits) == [before]
     # Those that were found share their probability: none is lost or made up.
     [best] = plain.search(logits, Search(top=10))
