@@ -19,6 +19,7 @@ SETTINGS = ("alphabet", "temperature", "length", "right_to_left", "expect_kinds"
 GAP, SPACE, SPACED = 1.3, 12.0, 6
 # Below that confidence so many more texts compete, of what is not less probable in a column.
 SURE, BEAM, PROBABLE = 0.9, 10, 0.01
+HOPELESS = 1e-4  # a kind's best text is not looked for where all of its paths weigh so much less
 
 
 class Reading(NamedTuple):
@@ -136,10 +137,10 @@ class CTCLabelConverter:
         self.nclass = len(alphabet) + 1
         self._class_of = {character: i for i, character in enumerate(alphabet, 1)}
         self._character_of = ["", *alphabet]
-        # A kind's characters, and (nclass,) True for their classes.
+        # A kind's characters, (nclass,) 1 for their classes, how much more its texts weigh.
         self._kinds = [
-            (set(own) & set(alphabet), np.array([True, *(c in own for c in alphabet)]))
-            for own in (KINDS if expect_kinds else ())
+            (set(own) & set(alphabet), np.array([1.0, *(c in own for c in alphabet)]), weight)
+            for own, weight in (KINDS.items() if expect_kinds else ())
         ]
 
     def settings(self):
@@ -206,12 +207,8 @@ class CTCLabelConverter:
         confidences = text_probability(probs, targets, columns, lengths)
         ends = np.cumsum(lengths)
         return [
-            Reading(
-                self._text(targets[a:b].tolist()),
-                float(confidence),
-                char_confidences[a:b].tolist(),
-            )
-            for a, b, confidence in zip(ends - lengths, ends, confidences, strict=True)
+            Reading(self._text(targets[a:b].tolist()), float(p), char_confidences[a:b].tolist())
+            for a, b, p in zip(ends - lengths, ends, confidences, strict=True)
         ]
 
     def _decode_one(self, probs):
@@ -263,7 +260,9 @@ class CTCLabelConverter:
         plain = self._decode_one(probs)
         # No text competes only where it is the plain one.
         found, best = {plain.text: plain}, [(self._class_of.keys(), plain.text)]
-        for own, classes in self._kinds:
+        for own, classes, weight in self._kinds:
+            if (probs @ classes).prod() * weight < HOPELESS * plain.confidence:
+                continue
             # The best path of a larger kind that has no other classes is the best of these too.
             if not any(own <= kind and own.issuperset(text) for kind, text in best):
                 reading = self._decode_one(probs * classes)
