@@ -256,7 +256,7 @@ class CTCLabelConverter:
         return Reading(text, min(1.0, confidence), sure, *others)
 
     def _competing(self, probs, search):
-        """{text: its `Reading`} of the plain text, each kind's best and, if doubtful, others."""
+        """{text: its `Reading`}: the plain one, each kind's best, others in doubt or a search."""
         plain = self._decode_one(probs)
         # No text competes only where it is the plain one.
         found, best = {plain.text: plain}, [(self._class_of.keys(), plain.text)]
