@@ -190,8 +190,9 @@ class CTCLabelConverter:
         if columns is None:
             columns = [probs.shape[1]] * len(probs)
         if self.expect_kinds or self.ngrams:
+            usual = Search(BEAM, shortest=self.length or 0, longest=self.length)
             parts = zip(probs, columns, strict=True)
-            readings = [self._decode_expecting(image[:count]) for image, count in parts]
+            readings = [self._expecting(image[:count], usual, PROBABLE) for image, count in parts]
         elif len(probs) == 1:
             readings = [self._decode_one(probs[0, : columns[0]])]
         else:
@@ -231,51 +232,49 @@ class CTCLabelConverter:
             confidence = short_text_probability(probs, targets)
         return Reading(self._text(targets), float(confidence), confidences)
 
-    def _decode_expecting(self, probs, search=None):
-        """The `Reading` of one image's (T, nclass): the best of a `Search`'s texts, `as_usual`."""
+    def _expecting(self, probs, search, least):
+        """The `Reading` of one image's (T, nclass): the best of what competes, `as_usual`."""
         probs = self._with_spaces(probs) if self.expect_kinds else probs
-        found = self._competing(probs, search)
+        found = self._competing(probs, search, least)
         if not found:
             return Reading("", 0.0, [])
         confidences = [reading.confidence for reading in found.values()]
         kinds = [kind_weight(text) if self.expect_kinds else 1.0 for text in found]
-        weights = self._ngrams.weights(found) if self.ngrams else [*map(word_weight, found)]
-        weights = weights if max(confidences) < SURE else [1.0] * len(found)  # nobody doubts it
+        weights = [1.0] * len(found)
+        if max(confidences) < SURE:
+            weights = self._ngrams.weights(found) if self.ngrams else [*map(word_weight, found)]
         probable = share(confidences, kinds, weights, few=bool(self.ngrams))
         shares, readings = defaultdict(float), {}
         for text, part in sorted(zip(found, probable, strict=True), key=lambda pair: pair[1]):
             usual = as_usual(text) if self.expect_kinds else text
-            usual = usual if not search or search.allows(usual) else text
+            usual = usual if search.allows(usual) else text
             shares[usual] += part
             readings[usual] = found[text]
         (text, confidence), *others = sorted(shares.items(), key=lambda pair: -pair[1])
         classes = [self._class_of[c] for c in readings[text].text]
         sure = readings[text].char_confidences or aligned_probabilities(probs, classes)
-        shown = search.top - 1 if search else 0
-        others = tuple(others[:shown]), tuple(others[shown:])
+        others = tuple(others[: search.top - 1]), tuple(others[search.top - 1 :])
         return Reading(text, min(1.0, confidence), sure, *others)
 
-    def _competing(self, probs, search):
-        """{text: its `Reading`}: the plain one, each kind's best, others in doubt or a search."""
+    def _competing(self, probs, search, least):
+        """{text: its `Reading`}: the plain one, each kind's best; in doubt or asked a beam's."""
         plain = self._decode_one(probs)
         # No text competes only where it is the plain one.
         found, best = {plain.text: plain}, [(self._class_of.keys(), plain.text)]
         for own, classes, weight in self._kinds:
-            if (probs @ classes).prod() * weight < HOPELESS * plain.confidence:
-                continue
             # The best path of a larger kind that has no other classes is the best of these too.
-            if not any(own <= kind and own.issuperset(text) for kind, text in best):
+            if any(own <= kind and own.issuperset(text) for kind, text in best):
+                continue
+            if (probs @ classes).prod() * weight >= HOPELESS * plain.confidence:
                 reading = self._decode_one(probs * classes)
                 best.append((own, reading.text))
                 found.setdefault(reading.text or plain.text, reading)
-        limits = search or Search(BEAM, shortest=self.length or 0, longest=self.length)
-        if search or plain.confidence < SURE:
-            of = limits.beam, limits.shortest, limits.longest, 0 if search else PROBABLE
-            for prefix, confidence in prefix_beam_search(probs, *of):
+        if not least or plain.confidence < SURE:
+            limits = search.beam, search.shortest, search.longest, least
+            for prefix, confidence in prefix_beam_search(probs, *limits):
                 text = " ".join(self._text(prefix).split())
                 found.setdefault(text or plain.text, Reading(text, confidence, []))
-        fit = {text: found[text] for text in found if limits.allows(text)}
-        return fit if fit or search else found
+        return {text: found[text] for text in found if search.allows(text)}
 
     def _with_spaces(self, probs):
         """(T, nclass) probabilities, a space more probable in gaps that are wider than others."""
@@ -339,7 +338,7 @@ class CTCLabelConverter:
         if self.length is not None and not search.shortest and search.longest is None:
             search = replace(search, shortest=self.length, longest=self.length)
         if words is None and (self.expect_kinds or self.ngrams):
-            return [self._decode_expecting(image, search) for image in probs]
+            return [self._expecting(image, search, 0) for image in probs]
         readings = []
         for image in probs:
             if words is None:
