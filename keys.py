@@ -68,9 +68,12 @@ KINDS = {
     string.ascii_letters + MARKS: 5.0,  # words
     **{case + MARKS: 15.0 for case in CASES},
     **dict.fromkeys(CASES, 25.0),
+    string.digits + ".,:-/ +*=?%x": 20.0,
     string.digits + ".,:-/ ": 20.0,
     string.digits: 600.0,
 }
+# A number whose marks stand where they belong, such as 12:30, -0.5, 3/8, 7+4=? or 50%.
+MARKED = re.compile(r"[-+]?\d+([-+*x/:.,= ]\d+)*(%|=?\??)", re.ASCII)
 # Text of letters and digits, and what looks like a 1 in it: more often one of three letters than
 # a 1, but not beside a digit, for many codes have all their digits in a row.
 CODE = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[^ ]+", re.ASCII)
@@ -155,9 +158,10 @@ def code_weight(text):
 
 
 def kind_weight(text):
-    """How much more than others a text weighs: one of `KINDS`, a code."""
+    """How much more than others a text weighs: one of `KINDS`, a number that is MARKED, a code."""
     weights = [weight for own, weight in KINDS.items() if text and all(c in own for c in text)]
-    return (weights[-1] if weights else 1.0) * code_weight(text)
+    marked = 300.0 if MARKED.fullmatch(text) else 1.0
+    return max([marked, *weights[-1:]]) * code_weight(text)
 
 
 @lru_cache(1)

@@ -256,9 +256,12 @@ def doubtful(looks, hint, share, alphabet):
         ("K1XV92", "KIXV92", "KIXV92"),  # of the strokes of a code most are letters
         ("K1992X", "KI992X", "K1992X"),
         ("27.1", "27.I", "27.1"),
+        ("7+4=", "7145", "7+4="),  # marks of a number, where they belong
+        ("-12:30", "112130", "-12:30"),
+        ("12:3:", "12131", "12131"),
     ],
 )
-def test_what_looks_like_other_characters_is_read_as_words_and_codes_have_them(looks, hint, text):
+def test_what_looks_like_other_characters_is_read_as_usual_texts_have_them(looks, hint, text):
     """Where a character looks 3 to 2 like that of ``looks`` rather than that of ``hint``."""
     alphabet = load_alphabet("ascii")
     logits = doubtful(looks, hint, 0.6, alphabet)
