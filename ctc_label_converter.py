@@ -16,7 +16,7 @@ SHORT = 30  # characters up to which `short_text_probability` is the faster one
 LEAST = -80  # logarithm of a probability: what float32 has of below 1e-38 takes CPUs far longer
 SETTINGS = ("alphabet", "temperature", "length", "right_to_left", "expect_kinds", "ngrams")
 # A gap of so many usual ones makes a space so much more probable, in texts of so many characters.
-GAP, SPACE, SPACED = 1.3, 12.0, 6
+GAP, SPACE, SPACED = 1.3, 100.0, 6
 # Below that confidence so many more texts compete, of what is not less probable in a column.
 SURE, BEAM, PROBABLE = 0.9, 10, 0.01
 HOPELESS = 1e-4  # a kind's best text is not looked for where all of its paths weigh so much less
