@@ -72,7 +72,8 @@ KINDS = {
     string.digits + ".,:-/ ": 20.0,
     string.digits: 600.0,
 }
-# A number whose marks stand where they belong, such as 12:30, -0.5, 3/8, 7+4=? or 50%.
+# A number whose marks stand where they belong, such as 12:30, -0.5, 3/8, 7+4=? or 50%. It weighs
+# half as much as digits alone: a speck is easily taken for a mark.
 MARKED = re.compile(r"[-+]?\d+([-+*/:.,= ]\d+)*(%|=?\??)", re.ASCII)
 # Text of letters and digits, and what looks like a 1 in it: more often one of three letters than
 # a 1, but not beside a digit, for many codes have all their digits in a row.
