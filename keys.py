@@ -160,9 +160,9 @@ def code_weight(text):
 
 def kind_weight(text):
     """How much more than others a text weighs: one of `KINDS`, a number that is MARKED, a code."""
-    weights = [weight for own, weight in KINDS.items() if text and all(c in own for c in text)]
+    kinds = [weight for own, weight in KINDS.items() if text and all(c in own for c in text)]
     marked = 300.0 if MARKED.fullmatch(text) else 1.0
-    return max([marked, *weights[-1:]]) * code_weight(text)
+    return max(kinds[-1] if kinds else 1.0, marked) * code_weight(text)
 
 
 @lru_cache(1)
