@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import numpy as np
 import torch
@@ -18,56 +20,52 @@ ENVIRONMENT = os.environ | {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
 torch.set_num_threads(1)
 
 
-def run_script(script, *arguments, cwd):
-    """Run a script of the repository as a user would. Returns the finished process."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, arguments)],
-        cwd=cwd,
-        check=False,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        env=ENVIRONMENT,
-        timeout=300,
-    )
-
-
-# Each command line is a process of its own, but PyTorch is imported only once for all.
-RUN_EACH = """
-import json, os, runpy, sys
-script, commands = sys.argv[1], json.loads(sys.argv[2])
-sys.path.insert(0, os.path.dirname(script))
-import train
-for i, arguments in enumerate(commands):
+# Each command line is a process of its own, forked from one that has imported PyTorch: that takes
+# seconds, which most of the tests' time would go into.
+STARTER = """
+import json, os, runpy, signal, sys
+import torch
+for line in os.fdopen(os.dup(0)):  # so that sys.stdin is unread
+    script, arguments, folder, *streams = json.loads(line)
     child = os.fork()
     if child:
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
         continue
-    for stream, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(f"{i}.{name}", os.O_CREAT | os.O_WRONLY), stream)
-    sys.argv = [script, *arguments]
+    signal.alarm(300)
+    os.chdir(folder)
+    for number, path in enumerate((os.devnull, *streams)):
+        os.dup2(os.open(path, os.O_RDWR), number)
+    sys.argv, sys.path[0] = [script, *arguments], os.path.dirname(script)
     runpy.run_path(script, run_name="__main__")
     break
 """
 
 
-def run_each(script, commands, cwd):
-    """Run a script with each of some lists of arguments. Returns the finished processes."""
-    if not hasattr(os, "fork"):
-        return [run_script(script, *arguments, cwd=cwd) for arguments in commands]
-    commands = [[str(argument) for argument in arguments] for arguments in commands]
-    command = [sys.executable, "-c", RUN_EACH, str(ROOT / script), json.dumps(commands)]
-    codes = subprocess.run(
-        command, cwd=cwd, check=True, capture_output=True, text=True, env=ENVIRONMENT, timeout=300
-    ).stdout.split()
-    finished = []
-    for i, (arguments, code) in enumerate(zip(commands, codes, strict=True)):
-        streams = [Path(cwd, f"{i}.{name}") for name in ("stdout", "stderr")]
-        texts = [path.read_text(encoding="utf-8") for path in streams]
-        finished.append(subprocess.CompletedProcess(arguments, int(code), *texts))
-        for path in streams:
-            path.unlink()
-    return finished
+@cache
+def starter():
+    """The process that commands are forked from; it ends with the tests."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, "-c", STARTER], stdin=pipe, stdout=pipe, text=True, env=ENVIRONMENT
+    )
+
+
+def run_script(script, *arguments, cwd):
+    """Run a script of the repository as a user would. Returns the finished process."""
+    command = [str(ROOT / script), *map(str, arguments)]
+    if sys.platform != "linux":  # where PyTorch cannot be forked safely
+        return subprocess.run(
+            [sys.executable, *command], cwd=cwd, check=False, capture_output=True, text=True,
+            encoding="utf-8", env=ENVIRONMENT, timeout=300,
+        )  # fmt: skip
+    with (
+        NamedTemporaryFile("r+", encoding="utf-8") as out,
+        NamedTemporaryFile("r+", encoding="utf-8") as errors,
+    ):
+        order = command[0], command[1:], str(cwd), out.name, errors.name
+        print(json.dumps(order), file=starter().stdin, flush=True)
+        code = int(starter().stdout.readline())
+        return subprocess.CompletedProcess(command, code, out.read(), errors.read())
 
 
 def assert_clear_error(process, *fragments):

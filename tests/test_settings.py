@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ENVIRONMENT, ROOT, assert_clear_error, load, run_each, run_script
+from helpers import ENVIRONMENT, ROOT, assert_clear_error, load, run_script
 from PIL import Image, ImageFilter
 
 from dataset import Checked
@@ -62,7 +62,7 @@ def test_bad_input(digits, trained, tmp_path):
         ([*data, "--label-regex", "(a"], ["--label-regex"]),
         ([*data, "--label-regex", "abc"], ["--label-regex", "group"]),
     ]
-    processes = run_each("train.py", [arguments for arguments, _ in cases], cwd=tmp_path)
+    processes = [run_script("train.py", *arguments, cwd=tmp_path) for arguments, _ in cases]
     for process, (_, fragments) in zip(processes, cases, strict=True):
         assert_clear_error(process, *fragments)
     assert not (tmp_path / "save_model" / f"{NAME}.pth").exists()
