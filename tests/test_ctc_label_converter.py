@@ -253,7 +253,10 @@ def doubtful(looks, hint, share, alphabet):
         ("TOTAI 40", "TOTAL 40", "TOTAL 40"),
         ("XK7VQ2", "XK7VO2", "XK7VQ2"),  # a code
         ("Qnfkc", "Qntkc", "Qnfkc"),  # neither is a word
-        ("K1XV92", "KIXV92", "KIXV92"),  # of the strokes of a code most are letters
+        ("K1XV92", "KIXV92", "KIXV92"),  # of a code's strokes, and what looks like 9 and 2,
+        ("a9h4kt", "agh4kt", "agh4kt"),  # most are letters
+        ("a9h 4kt", "agh 4kt", "agh 4kt"),
+        ("2B4H7K", "ZB4H7K", "ZB4H7K"),
         ("K1992X", "KI992X", "K1992X"),
         ("27.1", "27.I", "27.1"),
         ("7+4=", "7145", "7+4="),  # marks of a number, where they belong
