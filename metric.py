@@ -362,6 +362,7 @@ def save_curves(path, results):
     """Draw `EpochResult`s over the epochs, where matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogFormatter
     except ModuleNotFoundError:
         return
     # By hand: layouts that matplotlib finds, and powers of ten, take more than all the rest.
@@ -379,6 +380,7 @@ def save_curves(path, results):
             axes.plot(epochs, [getattr(r, name) for r in results], marker=".", label=name)
         axes.set(title=title, xlabel="epoch", yscale=scale)
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(LogFormatter())  # the usual one sets formulas
         axes.grid(alpha=0.3)
         if len(names) > 1:
             axes.legend()

@@ -188,8 +188,6 @@ def load_checkpoint(path):
     file is executed.
     """
     try:
-        # Memory stays bounded by the file: the network is built without storage
-        # and takes the tensors that were loaded.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         told = {name: checkpoint[name] for name in SETTINGS if name in checkpoint}
         converter = CTCLabelConverter(**told)
@@ -205,9 +203,13 @@ def load_checkpoint(path):
         }
         if len(state) != 9 + 14 * depth:
             raise ValueError(f"{len(state)} tensors are not those of depth {depth}")
-        with torch.device("meta"):
+        # Memory stays bounded by the file, and no random numbers are taken from a training.
+        least = nh * (depth * nh + converter.nclass * preprocess.height // PATCH)  # numbers
+        if 2 * least > os.path.getsize(path):
+            raise ValueError(f"too small a file for nh {nh}, depth {depth}")
+        with torch.random.fork_rng(devices=()):
             model = MicroNet(nh, depth, converter.nclass, preprocess.height)
-        model.load_state_dict(state, assign=True)
+        model.load_state_dict(state)
     except OSError as error:
         raise ValueError(f"{path}: the weights cannot be read ({error.strerror})") from None
     except pickle.UnpicklingError:

@@ -33,6 +33,7 @@ def test_bad_input(digits, trained, tmp_path):
     torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "resnet.pth")
     checkpoint = load(trained[0] / "save_model" / f"{NAME}.pth")
     torch.save(checkpoint | {"nh": 32}, tmp_path / "wrong_nh.pth")
+    torch.save(checkpoint | {"nh": 20_000}, tmp_path / "large.pth")
     (tmp_path / "text.pth").write_text("hello", encoding="utf-8")
     shutil.copytree(digits, tmp_path / "broken")
     lines = (digits / "train.txt").read_text(encoding="utf-8").splitlines()
@@ -50,6 +51,7 @@ def test_bad_input(digits, trained, tmp_path):
         ([*data, "--lr", "-1"], ["--lr"]),
         (["--evaluate", "--weights", "resnet.pth"], ["resnet.pth", "not a MicroOCR checkpoint"]),
         (["--evaluate", "--weights", "wrong_nh.pth"], ["wrong_nh.pth", "not a MicroOCR"]),
+        (["--evaluate", "--weights", "large.pth"], ["large.pth", "too small a file for nh 20000"]),
         (["--evaluate", "--weights", "text.pth"], ["text.pth", "not a MicroOCR checkpoint"]),
         (["--evaluate", "--weights", "none.pth"], ["none.pth", "cannot be read"]),
         (["--weights", "none.pth", "--nh", "8"], ["--nh"]),
