@@ -75,9 +75,8 @@ KINDS = {
 # A number whose marks stand where they belong, such as 12:30, -0.5, 3/8, 7+4=? or 50%. It weighs
 # half as much as digits alone: a speck is easily taken for a mark.
 MARKED = re.compile(r"[-+]?\d+([-+*/:.,= ]\d+)*(%|=?\??)", re.ASCII)
-# Text of letters and digits, and its letters that are read as 9 or 2 more often than the other way.
-# So are those that look like a 1 in what has no space, but not beside a digit: many codes have all
-# their digits in a row.
+# Text of letters and digits, its letters that are read as 9 or 2 more often than the other way, and
+# as 1 where it has no space, but not beside a digit: many codes have all their digits in a row.
 CODE = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[A-Za-z0-9 ]+", re.ASCII)
 DIGIT_LIKE = re.compile(r"[gqQzZ]", re.ASCII)
 STROKE = re.compile(r"(?<!\d)[lIi](?!\d)", re.ASCII)
@@ -157,8 +156,10 @@ def _in_one_case(word):
 
 def code_weight(text):
     """How much more than others a CODE weighs for its letters that are read as digits."""
+    if not CODE.fullmatch(text):
+        return 1.0
     like = DIGIT_LIKE.findall(text) + ([] if " " in text else STROKE.findall(text))
-    return 3.0 ** len(like) if CODE.fullmatch(text) else 1.0
+    return 3.0 ** len(like)
 
 
 def kind_weight(text):
