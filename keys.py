@@ -442,9 +442,9 @@ def _interrupt_again(unraisable):
         sys.__unraisablehook__(unraisable)
 
 
-def _end(status):
+def end_process(status):
     """End the process without freeing what it holds, which takes PyTorch 0.1 seconds and more."""
-    atexit.unregister(_end)
+    atexit.unregister(end_process)
     atexit._run_exitfuncs()  # those that were there before
     with contextlib.suppress(OSError):  # `command` has said it
         sys.stdout.flush()
@@ -483,7 +483,7 @@ def command(main):
             raise
         status = f"{name}: interrupted"
     if not sys._getframe(1).f_back:  # or something goes on, a notebook or a profiler
-        atexit.register(_end, status if isinstance(status, int) else int(status is not None))
+        atexit.register(end_process, status if isinstance(status, int) else int(status is not None))
     sys.exit(status)
 
 

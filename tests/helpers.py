@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 # Each command line is a process of its own, forked from one that has imported PyTorch: that takes
 # seconds, which most of the tests' time would go into.
 STARTER = """
-import json, os, runpy, signal, sys
+import atexit, json, os, runpy, signal, sys
 import torch
 for line in os.fdopen(os.dup(0)):  # so that sys.stdin is unread
     script, arguments, folder, *streams = json.loads(line)
@@ -36,8 +36,12 @@ for line in os.fdopen(os.dup(0)):  # so that sys.stdin is unread
     for number, path in enumerate((os.devnull, *streams)):
         os.dup2(os.open(path, os.O_RDWR), number)
     sys.argv, sys.path[0] = [script, *arguments], os.path.dirname(script)
-    runpy.run_path(script, run_name="__main__")
-    break
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:  # as without runpy
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        atexit.register(sys.modules["keys"].end_process, status)
+        raise
 """
 
 

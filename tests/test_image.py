@@ -1,14 +1,15 @@
 """Pixels of every kind of file, the size that fits, the text in them, and safe writing."""
 
 import io
-import multiprocessing
 import random
+import subprocess
+import sys
 import tracemalloc
 from statistics import median
 
 import numpy as np
 import pytest
-from helpers import dashes, jpeg, picture, png
+from helpers import ROOT, dashes, jpeg, picture, png
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from ctc_label_converter import columns_needed
@@ -22,7 +23,6 @@ from image import (
     panel_box,
     read_image,
     text_box,
-    write_atomically,
 )
 
 
@@ -251,27 +251,27 @@ def test_images_are_found_whatever_their_suffix_and_ours_are_not(tmp_path):
     assert sorted(found) == ["a.JPG", "b.jfif", "c.jpe", "d.pgm", "e.png", "f.png"]
 
 
-def race(path, number):
-    for i in range(100):
-        write_atomically(path, bytes([number]) * (1000 + i))
+RACE = """
+import sys
+from pathlib import Path
+from image import write_atomically
+for i in range(100):
+    write_atomically(Path(sys.argv[1]), bytes([int(sys.argv[2])]) * (1000 + i))
+"""
 
 
 def test_racing_writes_never_break_a_file(tmp_path):
     """600 of them from six processes: at any time the file is one of those written."""
     path = tmp_path / "file"
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=race, args=(path, i)) for i in range(6)]
-    for process in processes:
-        process.start()
+    command = [sys.executable, "-c", RACE, path]
+    processes = [subprocess.Popen([*command, str(i)], cwd=ROOT) for i in range(6)]
     seen = 0
-    while any(process.is_alive() for process in processes):
+    while any(process.poll() is None for process in processes):
         if path.exists():
             content = path.read_bytes()
             assert len(set(content)) == 1
             assert 1000 <= len(content) < 1100
             seen += 1
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
+    assert not any(process.returncode for process in processes)
     assert seen
     assert list(tmp_path.iterdir()) == [path]

@@ -26,7 +26,7 @@ from collatefn import evaluation_loader
 from ctc_label_converter import vote
 from dataset import DataOptions, check
 from image import SURE, other_looks, read_image
-from infer_tool import SHIPPED_WEIGHTS, RecInfer
+from infer_tool import BATCH_SIZE, SHIPPED_WEIGHTS, RecInfer
 from metric import word_accuracy
 from model import load_checkpoint, save_checkpoint
 
@@ -124,7 +124,7 @@ def test_neighbours_do_not_change_a_reading(weights):
     ]
     images = [*samples, *noise]
     alone = [reader.predict(image) for image in images]
-    for size in (2, 3, 17, len(images), 300):
+    for size in (2, 3, 17, len(images), 2 * BATCH_SIZE + 2):
         chosen = dice.choices(range(len(images)), k=size)
         for i, reading in zip(chosen, reader.predict([images[i] for i in chosen]), strict=True):
             assert_same(reading, alone[i])

@@ -118,7 +118,7 @@ def workers_of(process):
 @needs_torchrun
 def test_two_processes_learn_as_one_and_go_on_after_one_has_died(digits, trained, tmp_path):
     process = torchrun(digits, tmp_path)
-    output = read_until(process, r"epoch +3/8")
+    output = read_until(process, r"epoch +1/8")
     assert "2 processes" in output
     workers = workers_of(process)
     assert len(workers) == 2
@@ -130,7 +130,7 @@ def test_two_processes_learn_as_one_and_go_on_after_one_has_died(digits, trained
     process = torchrun(digits, tmp_path, "--resume")
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
-    assert re.search(r"2 processes, resumed after epoch [34]", output), output
+    assert re.search(r"2 processes, resumed after epoch [12]", output), output
     # One writer, one line per epoch, a checkpoint that reads as well as that of one process.
     assert len(re.findall(r"epoch +8/8", output)) == 1
     best = float(re.search(r"test images: word accuracy (\S+)", output)[1])

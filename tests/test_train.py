@@ -114,7 +114,7 @@ def test_images_of_much_background_are_cut_to_their_text(digits, tmp_path):
 def test_a_few_images_are_enough_for_the_general_network(digits, tmp_path):
     read, starts = {}, {"general": [], "higher": ["--height", 40], "none": ["--weights", "none"]}
     for name, flags in starts.items():
-        flags = ["--train", 60, "--epochs", 12, "--out", name, *flags]
+        flags = ["--train", 60, "--epochs", 6, "--out", name, *flags]
         process = run_script("train.py", "--data", digits, *flags, cwd=tmp_path)
         read[name] = float(re.search(FINAL, process.stdout.splitlines()[-1])[1])
         known = f"10 of 10 characters are known to {SHIPPED_WEIGHTS['general']}"
