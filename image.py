@@ -13,6 +13,7 @@ import re
 import threading
 import time
 import warnings
+from bisect import bisect
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +43,11 @@ LOOKED_AT = 2**20  # pixels, at most, in which text is looked for
 INK = 30  # of 255: what differs less from an image's edges is background
 STRAY, ABRUPT = 0.02, 0.75  # shares of a line: of a frame, less; where a frame ends, more
 ROOMY, ALONE = 0.8, 0.2  # shares: of an image, text that is cut out; of ink, beside text alone
-STRETCHES = (0.8, 1.25), (1.12, 1.4), (1.25, 1.6)  # of other looks: usual, of close characters
-CLOSE = 14  # pixels that a character takes: of fewer, columns miss some
+CLOSE, WIDE = 14, 22  # pixels of a character: of fewer, columns miss some; of more, it falls apart
+LOOKS = (  # at close ones, others and wide ones: times the width, share of the rows left free
+    ((1.25, 0), (1.4, 0), (1.6, 0)), ((0.8, 0), (1.12, 0), (1.25, 0)),
+    ((0.7, 0), (1.25, 0), (0.8, 0.1)),
+)  # fmt: skip
 SURE = 0.9  # confidence that needs no other looks
 # Good files carry more than a megabyte of text or of a colour profile.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**24
@@ -123,11 +127,7 @@ class Preprocess:
         return f"{cut}resized to height {self.height}, width {self.width or 'kept'}"
 
     def normalise(self, pixels, kind=None):
-        """uint8 tensor or array of any shape -> the same by mean and std, in float32.
-
-        Args:
-            kind: another dtype, of a tensor.
-        """
+        """uint8 tensor or array of any shape -> the same by mean and std, float32 or ``kind``."""
         if isinstance(pixels, np.ndarray):
             pixels = pixels.astype(np.float32)
             pixels -= self.mean
@@ -138,27 +138,33 @@ class Preprocess:
 
 
 def other_looks(images, readings):
-    """For each of STRETCHES {key: [(3, height, W) uint8]}, the images made so much wider.
+    """{key: [(3, height, W) uint8]} made by each of LOOKS in turn, of such ``images``.
 
-    Args:
-        images: {key: [such arrays]}.
-        readings: {key: [the `Reading` of each of them, and maybe later ones]}.
+    Their ``readings``, {key: [the `Reading` of each, and maybe later ones]}, tell which are wide.
     """
-    for usual, close in STRETCHES if images else ():
+    chosen = {
+        key: [
+            (pixels, LOOKS[bisect((CLOSE, WIDE), pixels.shape[2] / max(1, len(first.text)))])
+            for pixels, first in zip(found, readings[key], strict=False)
+        ]
+        for key, found in images.items()
+    }
+    for turn in range(len(LOOKS[0]) if images else 0):
         yield {
-            key: [
-                stretched(pixels, close if pixels.shape[2] < CLOSE * len(first.text) else usual)
-                for pixels, first in zip(found, readings[key], strict=False)
-            ]
-            for key, found in images.items()
+            key: [stretched(pixels, *looks[turn]) for pixels, looks in found]
+            for key, found in chosen.items()
         }
 
 
-def stretched(pixels, by):
-    """(3, height, W) uint8 -> the same, about ``by`` times as wide, MAX_WIDTH at most."""
-    width = min(MAX_WIDTH, max(1, round(pixels.shape[2] / PATCH * by)) * PATCH)
+def stretched(pixels, by, free=0):
+    """(3, height, W) uint8 -> the same, about ``by`` times as wide, MAX_WIDTH at most.
+
+    A share ``free`` of the rows above, and below, repeats the outermost of those between.
+    """
+    rows, columns = round(free * pixels.shape[1]), max(1, round(pixels.shape[2] / PATCH * by))
     image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-    return Preprocess(pixels.shape[1], width)(image)
+    made = Preprocess(pixels.shape[1] - 2 * rows, min(MAX_WIDTH, columns * PATCH))(image)
+    return np.pad(made, ((0, 0), (rows, rows), (0, 0)), mode="edge")
 
 
 def find_images(folder):
@@ -181,11 +187,7 @@ def find_images(folder):
 
 
 class ImageFinder:
-    """Finds the images that a label file names.
-
-    Args:
-        folder: that of the label file, to which paths are relative.
-    """
+    """Finds the images that a label file in ``folder`` names, by paths relative to that."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -394,10 +396,8 @@ def _line_rows(ink):
 
 
 def _is_another_line(rows, heaviest, runs):
-    """Whether some rows are a line of text beside the heaviest.
-
-    Such are about as high and as heavy, and stand apart by more than the halves of a digit
-    on a display do.
+    """Whether some rows are a line of text beside the heaviest: about as high and as heavy, and
+    further apart than the halves of a digit on a display.
     """
     gap = max(rows[0] - heaviest[-1], heaviest[0] - rows[-1])
     return (

@@ -34,6 +34,7 @@ from ctc_label_converter import SETTINGS, CTCLabelConverter, surest, vote
 from image import (
     CLOSE,
     PATCH,
+    WIDE,
     ImageError,
     Preprocess,
     as_they_come,
@@ -60,7 +61,7 @@ QUICK = 5e-4  # seconds for an image, below which threads wait for each other
 INPUT = "images"  # name of its input
 DOUBT, BELIEVED = 0.5, 0.05  # confidence that needs no other shapes, and that these have at least
 # Looks at what was stretched or squeezed, how likely that is, pixels that a character takes then.
-SHAPES = ((0.3, 0.42, 0.6), 0.55, (CLOSE, math.inf)), ((1.25, 1.6, 2.2), 0.72, (0, 22))
+SHAPES = ((0.3, 0.42, 0.6), 0.55, (CLOSE, math.inf)), ((1.25, 1.6, 2.2), 0.72, (0, WIDE))
 MAX_LOGITS = 2**23  # numbers of a batch, at most
 BATCH_SIZE = 64  # images per forward pass; 256 large ones leave the cache and take twice as long
 

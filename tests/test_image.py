@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tracemalloc
 from statistics import median
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,12 +15,14 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from ctc_label_converter import columns_needed
 from image import (
+    PATCH,
     ImageError,
     Preprocess,
     find_images,
     find_text_lines,
     fitting_preprocess,
     look_at,
+    other_looks,
     panel_box,
     read_image,
     text_box,
@@ -133,6 +136,26 @@ def test_an_image_without_text_is_kept_whole(size):
     left, top, right, bottom = text_box(Image.fromarray(noise))
     assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
     assert Preprocess(trim=True)(Image.fromarray(noise)).shape[1] == 32
+
+
+@pytest.mark.parametrize("height", [32, 40, 48])
+@pytest.mark.parametrize(("room", "narrowest"), [(10, 1.25), (18, 0.8), (30, 0.7)])
+def test_other_looks_fit_the_network_and_the_characters(height, room, narrowest):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, height, 8 * room), np.uint8)
+    first = SimpleNamespace(text="8 digits")
+    looks = [made["a"][0] for made in other_looks({"a": [pixels]}, {"a": [first]})]
+    assert len(looks) == 3
+    assert all(look.shape[1] == height and look.shape[2] % PATCH == 0 for look in looks)
+    assert min(look.shape[2] for look in looks) == pytest.approx(narrowest * 8 * room, abs=2)
+    # Wide ones are seen lower too, between rows that repeat: nothing of them is lost.
+    lower = [look for look in looks if (look[:, 0] == look[:, 1]).all()]
+    assert len(lower) == (room > 22)
+    for look in lower:
+        assert (look[:, -1] == look[:, -2]).all()
+        inner = look[:, round(0.1 * height) : -round(0.1 * height)]
+        image = Image.fromarray(pixels.transpose(1, 2, 0).copy())
+        resized = image.resize(inner.shape[:0:-1], Image.Resampling.BILINEAR)
+        assert (inner == np.asarray(resized).transpose(2, 0, 1)).all()
 
 
 def drawn(size, *texts, height=24):
