@@ -20,11 +20,11 @@ ENVIRONMENT = os.environ | {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
 torch.set_num_threads(1)
 
 
-# Each command line is a process of its own, forked from one that has imported PyTorch: that takes
-# seconds, which most of the tests' time would go into.
+# Each command line is a process of its own, forked from one that has imported what takes long:
+# most of the tests' time would go into that.
 STARTER = """
 import atexit, json, os, runpy, signal, sys
-import torch
+import matplotlib.backends.backend_agg, torch
 for line in os.fdopen(os.dup(0)):  # so that sys.stdin is unread
     script, arguments, folder, *streams = json.loads(line)
     child = os.fork()
