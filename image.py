@@ -44,9 +44,9 @@ INK = 30  # of 255: what differs less from an image's edges is background
 STRAY, ABRUPT = 0.02, 0.75  # shares of a line: of a frame, less; where a frame ends, more
 ROOMY, ALONE = 0.8, 0.2  # shares: of an image, text that is cut out; of ink, beside text alone
 CLOSE, WIDE = 14, 22  # pixels of a character: of fewer, columns miss some; of more, it falls apart
-LOOKS = (  # at close ones, others and wide ones: times the width, share of the rows left free
-    ((1.25, 0), (1.4, 0), (1.6, 0)), ((0.8, 0), (1.12, 0), (1.25, 0)),
-    ((0.7, 0), (1.25, 0), (0.8, 0.1)),
+LOOKS = (  # each at close ones, others and wide ones: times the width, share of the rows left free
+    ((1.25, 0), (0.8, 0), (0.7, 0)), ((1.4, 0), (1.12, 0), (1.25, 0)),
+    ((1.6, 0), (1.25, 0), (0.8, 0.1)),
 )  # fmt: skip
 SURE = 0.9  # confidence that needs no other looks
 # Good files carry more than a megabyte of text or of a colour profile.
@@ -138,22 +138,22 @@ class Preprocess:
 
 
 def other_looks(images, readings):
-    """{key: [(3, height, W) uint8]} made by each of LOOKS in turn, of such ``images``.
-
-    Their ``readings``, {key: [the `Reading` of each, and maybe later ones]}, tell which are wide.
+    """{key: [(3, height, W) uint8]} made by each of LOOKS in turn, of such ``images`` and their
+    ``readings``, {key: [the `Reading` of each, and maybe later ones]}.
     """
-    chosen = {
-        key: [
-            (pixels, LOOKS[bisect((CLOSE, WIDE), pixels.shape[2] / max(1, len(first.text)))])
-            for pixels, first in zip(found, readings[key], strict=False)
-        ]
-        for key, found in images.items()
-    }
-    for turn in range(len(LOOKS[0]) if images else 0):
+    for look in LOOKS if images else ():
         yield {
-            key: [stretched(pixels, *looks[turn]) for pixels, looks in found]
-            for key, found in chosen.items()
+            key: [
+                stretched(pixels, *look[bisect((CLOSE, WIDE), room_of(pixels, first))])
+                for pixels, first in zip(found, readings[key], strict=False)
+            ]
+            for key, found in images.items()
         }
+
+
+def room_of(pixels, reading):
+    """Pixels of the width of (3, height, W) that a character of its `Reading` takes."""
+    return pixels.shape[2] / max(1, len(reading.text))
 
 
 def stretched(pixels, by, free=0):

@@ -40,6 +40,7 @@ from image import (
     as_they_come,
     other_looks,
     read_image,
+    room_of,
     stretched,
     write_atomically,
 )
@@ -89,8 +90,7 @@ def latest_weights(task=None, otherwise="general"):
         task: only this task's. None: the last of any.
         otherwise: the task of the shipped weights where none was asked for.
     """
-    written = written_weights(task)
-    if written:
+    if written := written_weights(task):
         return written
     kind = f"weights of the task {task}" if task else "weights of a training"
     print(f"no {kind} in {SAVE_FOLDER.absolute()}, taking those that ship", file=sys.stderr)
@@ -361,7 +361,7 @@ class RecInfer:
     def _other_shapes(self, views, results, search):
         """(i, `Reading`) of each doubtful image, made far narrower or far wider."""
         doubtful = {i: found for i, found in views.items() if results[i].confidence < DOUBT}
-        room = {i: views[i][-1].shape[2] / max(1, len(results[i].text)) for i in doubtful}
+        room = {i: room_of(views[i][-1], results[i]) for i in doubtful}
         for shape, share, (least, most) in SHAPES:
             made = {
                 i: [stretched(view, by) for by in shape for view in found]

@@ -39,9 +39,9 @@ for line in os.fdopen(os.dup(0)):  # so that sys.stdin is unread
     try:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as end:  # as without runpy
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        atexit.register(sys.modules["keys"].end_process, status)
+        atexit.register(sys.modules["keys"].end_process, end.code)
         raise
+    break
 """
 
 

@@ -124,7 +124,7 @@ def test_neighbours_do_not_change_a_reading(weights):
     ]
     images = [*samples, *noise]
     alone = [reader.predict(image) for image in images]
-    for size in (2, 3, 17, 2 * BATCH_SIZE + 2):
+    for size in (2, 3, 17, len(images), 2 * BATCH_SIZE + 2):
         chosen = dice.choices(range(len(images)), k=size)
         for i, reading in zip(chosen, reader.predict([images[i] for i in chosen]), strict=True):
             assert_same(reading, alone[i])
