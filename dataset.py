@@ -12,6 +12,8 @@ if __name__ == "__main__":  # Ctrl-C during the imports: an end without a traceb
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import contextlib
+import hashlib
 import os
 import random
 import re
@@ -23,20 +25,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
+import numpy as np
 from tqdm import tqdm
 
 from ctc_label_converter import columns_needed
 from image import (
+    MORE,
     PATCH,
     ImageError,
-    Look,
     Preprocess,
+    find_text_lines,
     fitting_preprocess,
-    look_at,
     read_image,
-    save_picture,
-    write_atomically,
 )
 from keys import (
     LOOK_ALIKES,
@@ -49,10 +49,9 @@ from keys import (
     unusable,
 )
 from label_file import FOUND, SPLITS, LabelOptions, find_samples
-from metric import contact_sheet
+from metric import SHEET, data_sheet, save_picture, save_problems, spread
 
 RARE = 5  # a character seen less often is hardly learnt
-SHEET = 48  # images on the sheet of a data set
 NEEDS_BIDI = (
     "has a label that is written from right to left, which needs a package that is missing: "
     "pip install python-bidi"
@@ -270,6 +269,41 @@ def _warnings(samples, looks, preprocess):
     ]
 
 
+class Look(NamedTuple):
+    """What is known of an image that was read.
+
+    size: (width, height) in pixels.
+    text_size: the same of its text box, or of the image where none was wanted.
+    lines: of text, as far as they can be told apart.
+    more: whether its file has pages or frames that are not read.
+    digest: of its pixels.
+    pixels: what a preprocess made of it, None without one.
+    """
+
+    size: tuple
+    text_size: tuple
+    lines: int
+    more: bool
+    digest: bytes
+    pixels: np.ndarray | None = None
+
+    def resized(self, trim):
+        """The size of what is resized: the image, or what ``trim`` leaves of it."""
+        return self.text_size if trim else self.size
+
+
+def look_at(source, find_text=True, preprocess=None):
+    """The `Look` of an image that `read_image` reads, and what that raises."""
+    image = read_image(source)
+    box, lines = find_text_lines(image)[:2] if find_text else ((0, 0, *image.size), 1)
+    digest = hashlib.blake2b(image.tobytes(), digest_size=16).digest()
+    text_size, pixels = (box[2] - box[0], box[3] - box[1]), None
+    if preprocess:
+        with contextlib.suppress(ImageError):  # whether it fits is asked later
+            pixels = preprocess(image)
+    return Look(image.size, text_size, lines, image.info.get(MORE, False), digest, pixels)
+
+
 def for_each(function, items, what):
     """A list of ``function(item)``, under a bar; by threads where they help.
 
@@ -376,13 +410,6 @@ def _misfit(label, size, known, preprocess, length):
     return None
 
 
-def _spread(values):
-    """The range of some numbers, with their median where it is a range."""
-    values = sorted(values)
-    low, middle, high = values[0], values[len(values) // 2], values[-1]
-    return f"{low}" if low == high else f"{low} to {high} (median {middle})"
-
-
 def _report(train, test, looks, alphabet):
     """The lines that say what a data set holds."""
     samples = [*train, *test]
@@ -401,8 +428,8 @@ def _report(train, test, looks, alphabet):
     rare = sorted(character for character, times in counts.items() if times < RARE)
     lengths = Counter(len(sample.label) for sample in samples)
     lines = [
-        f"{len(train)} training and {len(test)} test images, {_spread(widths)} pixels wide, "
-        f"{_spread(heights)} high",
+        f"{len(train)} training and {len(test)} test images, {spread(widths)} pixels wide, "
+        f"{spread(heights)} high",
         "label lengths: " + ", ".join(f"{length} {n}x" for length, n in sorted(lengths.items())),
         f"alphabet, {len(alphabet)} characters: {frequencies}",
     ]
@@ -415,21 +442,6 @@ def _report(train, test, looks, alphabet):
 def _visible(character):
     """A character as it is, or its escape where it would not be seen."""
     return character if character.isprintable() and not character.isspace() else repr(character)
-
-
-def data_sheet(samples, preprocess, seed=0):
-    """A contact sheet of SHEET random images as the network gets them, with their labels."""
-    chosen = random.Random(seed).sample(samples, min(SHEET, len(samples)))
-    images = [
-        Image.fromarray(preprocess(read_image(sample.path)).transpose(1, 2, 0)) for sample in chosen
-    ]
-    return contact_sheet(images, [sample.label for sample in chosen], columns=6)
-
-
-def save_problems(path, problems):
-    """Write all `Problem`s as a text file, one per line."""
-    text = "".join(f"{problem}\n" for problem in problems)
-    write_atomically(path, text.encode("utf-8", "backslashreplace"))
 
 
 def add_data_flags(parser):

@@ -27,13 +27,7 @@ import sys
 from pathlib import Path
 
 from ctc_label_converter import Search
-from image import (
-    SUFFIXES,
-    ImageFinder,
-    find_images,
-    read_image,
-    save_picture,
-)  # fmt: skip
+from image import SUFFIXES, ImageFinder, find_images, read_image
 from infer_tool import ROOT, SHIPPED_WEIGHTS, RecInfer, latest_weights
 from keys import command, length_range, load_alphabet
 
@@ -249,7 +243,7 @@ def same(label, text, ignore_case):
 
 def save_sheet(path, shown, ignore_case):
     """Save a contact sheet of [(image's path, `Reading`, its label or None)]."""
-    from metric import contact_sheet  # which is seldom needed
+    from metric import contact_sheet, save_picture  # which is seldom needed
 
     captions = [f"{reading.text}  {reading.confidence:.2f}" for _, reading, _ in shown]
     colours = [

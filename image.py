@@ -1,7 +1,7 @@
-"""From a file's bytes to pixels, and pictures to disk.
+"""From a file's bytes to pixels, and bytes to disk.
 
 Drawing, training and reading without PyTorch share this: which files are read, what an
-image becomes before the network sees it (`Preprocess`), and how a picture is written.
+image becomes before the network sees it (`Preprocess`), and how a file is written.
 """
 
 import contextlib
@@ -17,7 +17,6 @@ from bisect import bisect
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -407,43 +406,6 @@ def _is_another_line(rows, heaviest, runs):
     )
 
 
-class Look(NamedTuple):
-    """What is known of an image that was read.
-
-    size: (width, height) in pixels.
-    text_size: the same of its text box, or of the image where none was wanted.
-    lines: of text, as far as they can be told apart.
-    more: whether its file has pages or frames that are not read.
-    digest: of its pixels.
-    pixels: what a preprocess made of it, None without one.
-    """
-
-    size: tuple
-    text_size: tuple
-    lines: int
-    more: bool
-    digest: bytes
-    pixels: np.ndarray | None = None
-
-    def resized(self, trim):
-        """The size of what is resized: the image, or what ``trim`` leaves of it."""
-        return self.text_size if trim else self.size
-
-
-def look_at(source, find_text=True, preprocess=None):
-    """The `Look` of an image that `read_image` reads, and what that raises."""
-    import hashlib
-
-    image = read_image(source)
-    box, lines = find_text_lines(image)[:2] if find_text else ((0, 0, *image.size), 1)
-    digest = hashlib.blake2b(image.tobytes(), digest_size=16).digest()
-    text_size, pixels = (box[2] - box[0], box[3] - box[1]), None
-    if preprocess:
-        with contextlib.suppress(ImageError):  # whether it fits is asked later
-            pixels = preprocess(image)
-    return Look(image.size, text_size, lines, image.info.get(MORE, False), digest, pixels)
-
-
 def fitting_preprocess(sizes, text_sizes, needed, height=None, width=None, trim=None, learnt=None):
     """The `Preprocess` that suits some images and their labels.
 
@@ -542,9 +504,3 @@ def write_atomically(path, content):
         raise type(error)(problem) from None
     finally:
         scratch.unlink(missing_ok=True)
-
-
-def save_picture(path, image):
-    """Write a `PIL.Image` as PNG, by `write_atomically`."""
-    image.save(buffer := io.BytesIO(), "PNG")
-    write_atomically(path, buffer.getvalue())

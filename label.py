@@ -41,7 +41,8 @@ from filelock import FileLock, Timeout  # which PyTorch depends on
 from PIL import Image
 
 from ctc_label_converter import Reading, Search
-from image import ImageError, find_images, look_at, read_image, write_atomically
+from dataset import look_at
+from image import ImageError, find_images, read_image, write_atomically
 from infer_tool import ROOT, SAVE_FOLDER, SHIPPED_WEIGHTS, RecInfer, latest_weights
 from keys import command, named, unusable
 from label_file import UNREADABLE, LabelOptions, find_samples

@@ -1,4 +1,4 @@
-"""What is minimised and how: the CTC loss, of all classes or a sample, optimizer and its rate."""
+"""What is minimised, how and how long: the CTC loss, the optimizer, its rate, the best epoch."""
 
 import copy
 import math
@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.optim.adamw import adamw
 
 from ctc_label_converter import BLANK
+from metric import wilson_interval
 
 # With more classes than 4 times this, a step trains the classes of its batch and as many
 # others, drawn at random: the last layer would cost far more than all the rest.
@@ -367,6 +368,43 @@ def fall_of(results, preset, steps, images):
     if waited < patient and lowest >= NOTHING and length < left:
         return 0
     return min(left, length)
+
+
+def best_epoch(results, images):
+    """The `EpochResult` of the lowest loss; accuracy decides where it can tell epochs apart.
+
+    Of one epoch after the other: a better one reads more than the 95 % interval of the best so
+    far allows for, or no fewer than that, at a lower loss. Where one image in 500 is read or
+    not, the loss sees how sure the network is of all of them.
+
+    Args:
+        results: a `metric.EpochResult` for each epoch, one at least.
+        images: of which the accuracies are.
+    """
+    best = results[0]
+    for row in results[1:]:
+        low, high = wilson_interval(best.word_accuracy, images)
+        level = row.word_accuracy >= low and row.test_loss < best.test_loss
+        if level or row.word_accuracy > max(high, best.word_accuracy):
+            best = row
+    return best
+
+
+def reason_to_stop(results, best, stop_at, patience):
+    """Why a training ends before its last epoch, None where it does not.
+
+    Args:
+        results: a `metric.EpochResult` for each epoch.
+        best: the `best_epoch` of them.
+        stop_at: a word accuracy, None for any.
+        patience: epochs that may be no better than the best, None for any number.
+    """
+    accuracy, waited = results[-1].word_accuracy, len(results) - best.epoch
+    if stop_at and accuracy >= stop_at:
+        return f"stopped: the word accuracy is {accuracy:.4f} (--stop-at)"
+    if patience and waited >= patience:
+        return f"stopped: no better for {waited} epochs (--patience)"
+    return None
 
 
 def take_step(optimizer, scaler, loss):

@@ -8,6 +8,7 @@ import contextlib
 import io
 import math
 import os
+import random
 import sys
 from collections import Counter
 from difflib import SequenceMatcher
@@ -18,13 +19,14 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from image import read_image, save_picture, write_atomically
+from image import read_image, write_atomically
 from keys import ALPHABETS, import_or_say
 
 # Below 1 only a little: a network that read every test image right would ask for 0.
 TEMPERATURES = tuple(round(0.7 * 1.1**i, 3) for i in range(15))
 CURVES_PAUSE = 60  # seconds; drawing them takes longer than an epoch may
 MISTAKES = 40  # images on the sheet of mistakes
+SHEET = 48  # images on the sheet of a data set
 SHEET_IMAGE = (320, 96)  # pixels of an image on a contact sheet, at most
 WINDOWS_FONTS = os.environ.get("WINDIR", r"C:\Windows") + r"\Fonts"
 FONT_FOLDERS = (
@@ -85,6 +87,13 @@ def wilson_interval(share, count):
     centre = share + z * z / (2 * count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return tuple((centre + sign * half) / (1 + z * z / count) for sign in (-1, 1))
+
+
+def spread(values):
+    """The range of some numbers, with their median where it is a range."""
+    values = sorted(values)
+    low, middle, high = values[0], values[len(values) // 2], values[-1]
+    return f"{low}" if low == high else f"{low} to {high} (median {middle})"
 
 
 def confusions(texts, labels):
@@ -257,6 +266,12 @@ def caption_font(text):
     return ImageFont.load_default(14), ascii(text)[1:-1]
 
 
+def save_picture(path, image):
+    """Write a `PIL.Image` as PNG, by `write_atomically`."""
+    image.save(buffer := io.BytesIO(), "PNG")
+    write_atomically(path, buffer.getvalue())
+
+
 def contact_sheet(images, captions, columns=8, colours=None):
     """Draw `PIL.Image`s in a grid, each with its caption below. Returns an RGB image.
 
@@ -283,6 +298,21 @@ def contact_sheet(images, captions, columns=8, colours=None):
         middle = x + max(image.width, font.getlength(caption)) / 2, y + image.height + 9
         draw.text(middle, caption, font=font, fill=colour, anchor="mm")
     return sheet
+
+
+def data_sheet(samples, preprocess, seed=0):
+    """A contact sheet of SHEET random images as the network gets them, with their labels."""
+    chosen = random.Random(seed).sample(samples, min(SHEET, len(samples)))
+    images = [
+        Image.fromarray(preprocess(read_image(sample.path)).transpose(1, 2, 0)) for sample in chosen
+    ]
+    return contact_sheet(images, [sample.label for sample in chosen], columns=6)
+
+
+def save_problems(path, problems):
+    """Write all `Problem`s as a text file, one per line."""
+    text = "".join(f"{problem}\n" for problem in problems)
+    write_atomically(path, text.encode("utf-8", "backslashreplace"))
 
 
 class EpochResult(NamedTuple):
@@ -313,43 +343,6 @@ class EpochResult(NamedTuple):
             f"{self.epoch},{losses},{self.word_accuracy:.4f},{self.cer:.4f},{self.lr:.6f},"
             f"{self.seconds:.2f}"
         )
-
-
-def best_epoch(results, images):
-    """The `EpochResult` of the lowest loss; accuracy decides where it can tell epochs apart.
-
-    Of one epoch after the other: a better one reads more than the 95 % interval of the best so
-    far allows for, or no fewer than that, at a lower loss. Where one image in 500 is read or
-    not, the loss sees how sure the network is of all of them.
-
-    Args:
-        results: an `EpochResult` for each epoch, one at least.
-        images: of which the accuracies are.
-    """
-    best = results[0]
-    for row in results[1:]:
-        low, high = wilson_interval(best.word_accuracy, images)
-        level = row.word_accuracy >= low and row.test_loss < best.test_loss
-        if level or row.word_accuracy > max(high, best.word_accuracy):
-            best = row
-    return best
-
-
-def reason_to_stop(results, best, stop_at, patience):
-    """Why a training ends before its last epoch, None where it does not.
-
-    Args:
-        results: an `EpochResult` for each epoch.
-        best: the `best_epoch` of them.
-        stop_at: a word accuracy, None for any.
-        patience: epochs that may be no better than the best, None for any number.
-    """
-    accuracy, waited = results[-1].word_accuracy, len(results) - best.epoch
-    if stop_at and accuracy >= stop_at:
-        return f"stopped: the word accuracy is {accuracy:.4f} (--stop-at)"
-    if patience and waited >= patience:
-        return f"stopped: no better for {waited} epochs (--patience)"
-    return None
 
 
 def save_table(path, results):

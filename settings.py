@@ -17,19 +17,13 @@ from typing import NamedTuple
 import gen_image
 from collatefn import AUGMENTATIONS
 from ctc_label_converter import CTCLabelConverter
-from dataset import (
-    Checked,
-    add_data_flags,
-    check,
-    data_options,
-    problem_list,
-    save_problems,
-)  # fmt: skip
+from dataset import Checked, add_data_flags, check, data_options, problem_list
 from gen_image import count, defaults
 from image import PATCH, SURE, Preprocess
 from infer_tool import SAVE_FOLDER, SHIPPED_WEIGHTS
 from keys import check_alphabet, is_right_to_left, load_alphabet
 from label_file import SPLITS
+from metric import save_problems
 from model import MicroNet, Recogniser, fast_bfloat16, fitted, load_checkpoint
 
 # Share of the training images that choose the epoch and the temperature, and their most.

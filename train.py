@@ -57,8 +57,8 @@ from collatefn import (
     training_loader,
 )
 from ctc_label_converter import vote
-from dataset import DataOptions, case_folding, data_sheet
-from image import SURE, other_looks, save_picture
+from dataset import DataOptions, case_folding
+from image import SURE, other_looks
 from infer_tool import RecInfer, latest_weights, written_weights
 from keys import choose_ngrams, command
 from loss import (
@@ -66,8 +66,10 @@ from loss import (
     MovingAverage,
     Optimizer,
     batch_logits,
+    best_epoch,
     fall_of,
     learning_rate,
+    reason_to_stop,
     take_step,
 )
 
@@ -129,8 +131,8 @@ class Run:
         }  # fmt: skip
 
     def best_epoch(self):
-        """`metric.best_epoch` of the epochs so far."""
-        return metric.best_epoch(self.progress.rows, len(self.plan.held_out))
+        """`loss.best_epoch` of the epochs so far."""
+        return best_epoch(self.progress.rows, len(self.plan.held_out))
 
     def averaged(self):
         """The `model.Recogniser` with the average of the weights."""
@@ -372,8 +374,8 @@ def begin(args, device):
     files = settings.output_files(args, plan.preset)
     from_first(lambda: network.claim(files.checkpoint))
     if rank == 0:
-        sheet = data_sheet(plan.checked.train, plan.preset.preprocess, args.seed)
-        save_picture(files.checkpoint.with_suffix(".data.png"), sheet)
+        sheet = metric.data_sheet(plan.checked.train, plan.preset.preprocess, args.seed)
+        metric.save_picture(files.checkpoint.with_suffix(".data.png"), sheet)
     run = set_up(args, plan, files, start, device)
     if args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         state = from_first(lambda: network.load_state(files.state, run.identity))
@@ -416,8 +418,7 @@ def train(args, device):
                     "the loss of the held-out images falls no more, or the epochs end: up to epoch "
                     f"{last_epoch(run)} at a falling rate, with those images too (--epochs)"
                 )
-            best = run.best_epoch()
-            ended = metric.reason_to_stop(progress.rows, best, args.stop_at, args.patience)
+            ended = reason_to_stop(progress.rows, run.best_epoch(), args.stop_at, args.patience)
     except KeyboardInterrupt:
         ended, status = "interrupted, --resume goes on", 130
     bar.close()

@@ -14,6 +14,7 @@ from helpers import ROOT, dashes, jpeg, picture, png
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from ctc_label_converter import columns_needed
+from dataset import look_at
 from image import (
     PATCH,
     ImageError,
@@ -21,7 +22,6 @@ from image import (
     find_images,
     find_text_lines,
     fitting_preprocess,
-    look_at,
     other_looks,
     panel_box,
     read_image,

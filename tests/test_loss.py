@@ -1,4 +1,4 @@
-"""The loss against what it is defined by, and a sample of classes against all of them."""
+"""The loss against what it is defined by, a sample of classes against all, the best epoch."""
 
 import copy
 
@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from ctc_label_converter import CTCLabelConverter
-from loss import SAMPLED, CTCLoss, MovingAverage, Optimizer, orthogonal, sample_classes
+from loss import (
+    SAMPLED,
+    CTCLoss,
+    MovingAverage,
+    Optimizer,
+    best_epoch,
+    orthogonal,
+    sample_classes,
+)
+from metric import EpochResult
 from model import MicroNet
 
 ALPHABET = "ab "
@@ -113,3 +122,17 @@ def test_the_average_spans_few_steps_at_first_and_many_later(decay):
     assert after(30, 1.0) > 0.9  # with 0.99 from the first step on it would be 0.26
     after(2000, 0.0)
     assert after(100, 1.0) == pytest.approx(1 - decay**100)
+
+
+def test_the_loss_chooses_among_epochs_that_accuracy_cannot_tell_apart():
+    def best(*epochs):
+        rows = [
+            EpochResult(i, 1.0, loss, accuracy, 0.0, 0.01, 1.0)
+            for i, (accuracy, loss) in enumerate(epochs, 1)
+        ]
+        return best_epoch(rows, images=500).epoch
+
+    assert best((1.0, 0.010), (0.998, 0.005)) == 2  # one image of 500
+    assert best((1.0, 0.005), (1.0, 0.010)) == 1
+    assert best((0.9, 0.3), (0.8, 0.2)) == 1  # 50 of them
+    assert best((0.8, 0.2), (0.9, 0.3)) == 2

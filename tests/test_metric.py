@@ -9,7 +9,6 @@ from ctc_label_converter import CTCLabelConverter
 from metric import (
     TEMPERATURES,
     EpochResult,
-    best_epoch,
     caption_font,
     character_error_rate,
     confusions,
@@ -49,20 +48,6 @@ def test_confusions_name_what_was_read_for_what():
 
 def test_confusions_of_texts_of_other_lengths():
     assert confusions(["abd", "ab"], ["abc", "abb"]) == {("c", "d"): 1, ("b", ""): 1}
-
-
-def test_the_loss_chooses_among_epochs_that_accuracy_cannot_tell_apart():
-    def best(*epochs):
-        rows = [
-            EpochResult(i, 1.0, loss, accuracy, 0.0, 0.01, 1.0)
-            for i, (accuracy, loss) in enumerate(epochs, 1)
-        ]
-        return best_epoch(rows, images=500).epoch
-
-    assert best((1.0, 0.010), (0.998, 0.005)) == 2  # one image of 500
-    assert best((1.0, 0.005), (1.0, 0.010)) == 1
-    assert best((0.9, 0.3), (0.8, 0.2)) == 1  # 50 of them
-    assert best((0.8, 0.2), (0.9, 0.3)) == 2
 
 
 def test_a_table_that_is_open_elsewhere_is_a_warning(tmp_path, in_use, capsys):
