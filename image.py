@@ -20,8 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-# hashlib and ImageOps, which reading seldom needs, are imported where they are used: with
-# tempfile, ImageDraw and metric's ImageFont they are a fifteenth of a start.
+# ImageOps, which reading seldom needs, is imported where it is used, for a quicker start.
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 PATCH = 4  # pixels: the network sees patches of 4x4, and each column of them is one step of CTC
@@ -41,6 +40,8 @@ PAUSES = (0.05, 0.2, 0.8)  # seconds, while another program may hold a file
 LOOKED_AT = 2**20  # pixels, at most, in which text is looked for
 INK = 30  # of 255: what differs less from an image's edges is background
 STRAY, ABRUPT = 0.02, 0.75  # shares of a line: of a frame, less; where a frame ends, more
+GRID, SLOPES = (32, 64), 15  # columns and rows in which slopes are tried, so many steps each way
+STEEPEST, LEVEL, AGREED = 0.27, 0.12, 0.8  # slope; heights; share of what a half shows at most
 ROOMY, ALONE = 0.8, 0.2  # shares: of an image, text that is cut out; of ink, beside text alone
 CLOSE, WIDE = 14, 22  # pixels of a character: of fewer, columns miss some; of more, it falls apart
 LOOKS = (  # each at close ones, others and wide ones: times the width, share of the rows left free
@@ -94,10 +95,17 @@ class Preprocess:
         The reading of the higher confidence counts: with blots, text may be cut wrongly. Of less
         than half of the height, with hardly any ink elsewhere, it is read alone: uncut it is so
         small that a dot is lost without a doubt. Frames, which say nothing, are cut off before.
+        What seems to rise or fall is read level too.
         """
         if self.trim is not None:
             return [self(image)]
         image = image.crop(panel_box(image))
+        found = self._whole_and_text(image)
+        if slope := slope_of(image):
+            found += self._whole_and_text(levelled(image, slope))[-1:]
+        return found
+
+    def _whole_and_text(self, image):
         box, _, stray = find_text_lines(image)  # maybe in a frame within the frame
         width, height = box[2] - box[0], box[3] - box[1]
         found = [self(image)]
@@ -164,6 +172,38 @@ def stretched(pixels, by, free=0):
     image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     made = Preprocess(pixels.shape[1] - 2 * rows, min(MAX_WIDTH, columns * PATCH))(image)
     return np.pad(made, ((0, 0), (rows, rows), (0, 0)), mode="edge")
+
+
+def slope_of(image):
+    """By how much the text of an RGB `PIL.Image` falls for each pixel to the right.
+
+    Where text is level the rows of pixels differ the most from each other (Postl, US patent
+    4,723,297): of slopes both ways, that is the one. 0 where that is hardly one, or where a half
+    of the image says something else: glyphs that are turned one by one are no line that is.
+    """
+    (columns, rows), steps = GRID, np.arange(-SLOPES, SLOPES + 1)
+    grid = np.asarray(image.resize(GRID, Image.Resampling.BILINEAR)).sum(2, dtype=np.int64)
+    falls = min(1, STEEPEST * image.width / image.height) * steps / SLOPES  # in heights
+    down = np.rint(((np.arange(columns) + 0.5) / columns - 0.5) * falls[:, None] * rows)
+    places = (np.arange(rows)[:, None] + down[:, None].astype(int)).clip(0, rows - 1)
+    halves = grid[places, np.arange(columns)].reshape(len(steps), rows, 2, -1).sum(3)
+    sharp = (np.diff(halves, axis=1) ** 2).sum(1)
+    best = int(sharp.sum(1).argmax())
+    agreed = (sharp[best] >= AGREED * sharp.max(0)).all()
+    is_slope = agreed and abs(falls[best]) >= LEVEL and 0 < best < 2 * SLOPES
+    return float(falls[best]) * image.height / image.width if is_slope else 0.0
+
+
+def levelled(image, slope):
+    """An RGB `PIL.Image`, turned until what falls by ``slope`` is level, with all that it shows."""
+    (width, height), cos = image.size, 1 / math.sqrt(1 + slope * slope)
+    sin = slope * cos
+    w = math.ceil(width * cos + height * abs(sin))
+    h = math.ceil(width * abs(sin) + height * cos)
+    left, top = (width - w * cos + h * sin) / 2, (height - w * sin - h * cos) / 2
+    turn, ground = (cos, -sin, left, sin, cos, top), tuple(_ground(np.asarray(image)).tolist())
+    affine, linear = Image.Transform.AFFINE, Image.Resampling.BILINEAR
+    return image.transform((w, h), affine, turn, linear, fillcolor=ground)
 
 
 def find_images(folder):
@@ -309,6 +349,12 @@ def _unlike(pixels, colour):
     return np.abs(pixels - colour).max(2) > INK
 
 
+def _ground(pixels):
+    """The colour of the background of (H, W, 3) pixels, (3,) int16: the median of their edges."""
+    edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    return np.median(edges, axis=0).astype(np.int16)
+
+
 def panel_box(image):
     """Where an RGB `PIL.Image` is without frames, as (left, top, right, bottom) for its `crop`.
 
@@ -360,9 +406,7 @@ def find_text_lines(image):
     image, whole = image.crop(panel), (panel, 1, 0.0)
     pixels, scale = _small(image)
     height, width = pixels.shape[:2]
-    edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    ground = np.median(edges, axis=0).astype(np.int16)
-    ink = _unlike(pixels, ground)
+    ink = _unlike(pixels, _ground(pixels))
     lines = _line_rows(ink)
     if not lines:
         return whole

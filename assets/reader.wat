@@ -1,7 +1,8 @@
 ;; What reader.html spends its time on, four numbers at once.
 ;;
-;; assets/reader.wasm is this file, compiled: wasmtime.wat2wasm of the Python package wasmtime
-;; does it, and a test compares. The page carries it, see model.browser_network.
+;; assets/reader.wasm is this file, compiled: what wasmtime.wat2wasm of the Python package wasmtime
+;; makes of it, less the names, its last section. A test compares. The page carries it, see
+;; model.browser_network.
 ;;
 ;; Rows of numbers in one memory, addressed in bytes. Numbers are of 4 bytes, and the rows of what
 ;; is written are of 16 numbers or a multiple, the unused ones 0.
@@ -51,7 +52,7 @@
       (br_if $outputs (local.tee $left (i32.sub (local.get $left) (i32.const 16))))))
 
   ;; Adds to a row of $count numbers the products of two others.
-  (func (export "addProducts") (param $out i32) (param $x i32) (param $w i32) (param $count i32)
+  (func $addProducts (param $out i32) (param $x i32) (param $w i32) (param $count i32)
     (loop $next
       (v128.store (local.get $out) (f32x4.add (v128.load (local.get $out))
         (f32x4.mul (v128.load (local.get $x)) (v128.load (local.get $w)))))
@@ -59,6 +60,40 @@
       (local.set $x (i32.add (local.get $x) (i32.const 16)))
       (local.set $w (i32.add (local.get $w) (i32.const 16)))
       (br_if $next (local.tee $count (i32.sub (local.get $count) (i32.const 4))))))
+
+  ;; A 3x3 convolution of each channel by itself, zeros beyond the edges: (height, width, channels)
+  ;; -> the same. $w holds a bias for each channel, then (9, channels).
+  (func (export "depthwise") (param $out i32) (param $x i32) (param $w i32)
+      (param $height i32) (param $width i32) (param $channels i32)
+    (local $y i32) (local $column i32) (local $k i32) (local $dy i32) (local $dx i32)
+    (local $size i32) (local $weights i32)
+    (local.set $size (i32.shl (local.get $channels) (i32.const 2)))
+    (loop $row
+      (local.set $column (i32.const 0))
+      (loop $place
+        (memory.copy (local.get $out) (local.get $w) (local.get $size))
+        (local.set $weights (local.get $w))
+        (local.set $k (i32.const 0))
+        (loop $neighbour
+          (local.set $weights (i32.add (local.get $weights) (local.get $size)))
+          (local.set $dy (i32.sub (i32.div_u (local.get $k) (i32.const 3)) (i32.const 1)))
+          (local.set $dx (i32.sub (i32.rem_u (local.get $k) (i32.const 3)) (i32.const 1)))
+          ;; Less than nothing is, unsigned, more than any size.
+          (if (i32.and
+              (i32.lt_u (i32.add (local.get $y) (local.get $dy)) (local.get $height))
+              (i32.lt_u (i32.add (local.get $column) (local.get $dx)) (local.get $width)))
+            (then (call $addProducts (local.get $out)
+              (i32.add (local.get $x) (i32.mul (local.get $size)
+                (i32.add (i32.mul (local.get $dy) (local.get $width)) (local.get $dx))))
+              (local.get $weights) (local.get $channels))))
+          (br_if $neighbour (i32.lt_u
+            (local.tee $k (i32.add (local.get $k) (i32.const 1))) (i32.const 9))))
+        (local.set $out (i32.add (local.get $out) (local.get $size)))
+        (local.set $x (i32.add (local.get $x) (local.get $size)))
+        (br_if $place (i32.lt_u
+          (local.tee $column (i32.add (local.get $column) (i32.const 1))) (local.get $width))))
+      (br_if $row (i32.lt_u
+        (local.tee $y (i32.add (local.get $y) (i32.const 1))) (local.get $height)))))
 
   ;; GELU of a row of $count numbers, x (1 + erf(x / sqrt(2))) / 2, within 2e-7: erf(z) as z times
   ;; the quotient of two polynomials in z * z, z from -4 to 4, with the Eigen library's numbers.

@@ -1,6 +1,7 @@
 """Pixels of every kind of file, the size that fits, the text in them, and safe writing."""
 
 import io
+import math
 import random
 import subprocess
 import sys
@@ -22,9 +23,11 @@ from image import (
     find_images,
     find_text_lines,
     fitting_preprocess,
+    levelled,
     other_looks,
     panel_box,
     read_image,
+    slope_of,
     text_box,
 )
 
@@ -203,6 +206,23 @@ def test_text_is_read_without_the_ground_around_it_where_nothing_else_is():
     whole, cut = preprocess.views(image)
     assert np.array_equal(whole, preprocess(image))
     assert np.array_equal(cut, alone)
+
+
+@pytest.mark.parametrize("degrees", [-12, -8, -4, 4, 8, 12])
+@pytest.mark.parametrize("size", [(180, 50), (180, 60), (230, 90)])
+def test_text_that_falls_or_rises_is_seen_level_too(degrees, size):
+    """With nothing of it lost; what is level already has no slope."""
+    image = drawn(size, ((size[0] / 10, size[1] / 4), "AB 1234 xyz"), height=28)
+    preprocess = Preprocess(trim=None)
+    assert slope_of(image) == 0
+    turned = image.rotate(-degrees, Image.Resampling.BICUBIC, expand=True, fillcolor="white")
+    slope = slope_of(turned)
+    assert slope == pytest.approx(math.tan(math.radians(degrees)), abs=0.03)
+    level = levelled(turned, slope)
+    assert slope_of(level) == 0
+    ink, kept = ((255 - np.asarray(seen, int)).sum() for seen in (turned, level))
+    assert kept == pytest.approx(ink, rel=0.02)
+    assert np.array_equal(preprocess.views(turned)[-1], preprocess.views(level)[-1])
 
 
 def test_two_lines_of_text_are_told_apart_and_kept():

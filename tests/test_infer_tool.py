@@ -378,6 +378,19 @@ def test_printed_lines_are_read_with_their_spaces():
     assert word_accuracy([reading.text for reading in readings], texts) >= 0.95
 
 
+@pytest.mark.parametrize("degrees", [-11, 11])
+def test_lines_that_fall_or_rise_are_read(degrees):
+    """As on a page that lay askew: uncut, their characters are small and lean."""
+    rng, words = random.Random(0), words_of(4, 8)
+    texts = [f"{rng.choice(words)} {rng.choice(words)} {rng.randrange(10**4)}" for _ in range(40)]
+    images = [
+        drawn(text, 26, 4, 36).rotate(degrees, Image.Resampling.BILINEAR, True, fillcolor="white")
+        for text in texts
+    ]
+    readings = RecInfer(SHIPPED_WEIGHTS["general"]).predict(images)
+    assert word_accuracy([reading.text for reading in readings], texts) >= 0.85
+
+
 def test_images_that_were_stretched_are_read():
     """To a common size, maybe: the general network does not know what they were."""
     words = words_of(5, 7)[:60]

@@ -3,6 +3,7 @@
 import base64
 import csv
 import io
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -44,6 +45,7 @@ def odd_images():
         yield png(image.resize(size))
         yield png(ImageOps.expand(image, [(30, 9, 0, 20), 12, (0, 0, 60, 0)][i % 3], "black"))
         yield png(wide)
+        yield png(wide.rotate(3 * i % 20 - 10, expand=True, fillcolor="white"))
         yield png(image.convert("L"))
         clear = image.convert("RGBA")
         clear.putalpha(Image.fromarray(np.full(image.size[::-1], 255 * (i % 2), np.uint8)))
@@ -96,7 +98,11 @@ def test_the_page_that_ships_is_that_of_the_general_network(tmp_path):
 
 def test_the_code_that_the_page_runs_is_what_its_source_says():
     source = (ROOT / "assets" / "reader.wat").read_text(encoding="utf-8")
-    assert wasmtime.wat2wasm(source) == (ROOT / "assets" / "reader.wasm").read_bytes()
+    code = (ROOT / "assets" / "reader.wasm").read_bytes()
+    compiled = wasmtime.wat2wasm(source)
+    assert compiled.startswith(code)
+    names = compiled[len(code) :]  # a section of no other use, its size first
+    assert re.match(rb"\0.{1,2}\x04name", names, re.DOTALL)
 
 
 def test_a_browser_that_is_too_old_is_told_so(browser):
