@@ -67,7 +67,7 @@ class Preprocess:
     Attributes:
         height: pixels, every image is resized to it.
         width: pixels, a multiple of 4, or None to keep the aspect ratio.
-        trim: cut the image to its `text_box` before. None: leave it as it is, but where the
+        trim: cut the image to its text before. None: leave it as it is, but where the
             text is less than ROOMY of it, read that too, or that alone, see `views`.
         mean, std: the network gets (pixel - mean) / std, a pixel is 0 to 255.
         sure: what is read with a lower confidence, 0 to 1, is read from `other_looks` too.
@@ -83,7 +83,7 @@ class Preprocess:
     def __call__(self, image):
         """Resize an RGB `PIL.Image` to (3, height, W) uint8, W a multiple of 4; see `width_of`."""
         if self.trim:
-            image = image.crop(text_box(image))
+            image = image.crop(find_text_lines(image)[0])
         width = self.width_of(*image.size)
         if image.size != (width, self.height):
             image = image.resize((width, self.height), Image.Resampling.BILINEAR)
@@ -93,9 +93,8 @@ class Preprocess:
         """What there is to read of an RGB image: its pixels, and maybe those of its text alone.
 
         The reading of the higher confidence counts: with blots, text may be cut wrongly. Of less
-        than half of the height, with hardly any ink elsewhere, it is read alone: uncut it is so
-        small that a dot is lost without a doubt. Frames, which say nothing, are cut off before.
-        What seems to rise or fall is read level too.
+        than half of the height, with hardly any ink elsewhere, it is read alone: uncut, a dot is
+        lost without a doubt. Frames are cut off before. What rises or falls is read level too.
         """
         if self.trim is not None:
             return [self(image)]
@@ -198,8 +197,7 @@ def levelled(image, slope):
     """An RGB `PIL.Image`, turned until what falls by ``slope`` is level, with all that it shows."""
     (width, height), cos = image.size, 1 / math.sqrt(1 + slope * slope)
     sin = slope * cos
-    w = math.ceil(width * cos + height * abs(sin))
-    h = math.ceil(width * abs(sin) + height * cos)
+    w, h = math.ceil(width * cos + height * abs(sin)), math.ceil(width * abs(sin) + height * cos)
     left, top = (width - w * cos + h * sin) / 2, (height - w * sin - h * cos) / 2
     turn, ground = (cos, -sin, left, sin, cos, top), tuple(_ground(np.asarray(image)).tolist())
     affine, linear = Image.Transform.AFFINE, Image.Resampling.BILINEAR
@@ -383,17 +381,13 @@ def panel_box(image):
     return left * scale, top * scale, right, bottom
 
 
-def text_box(image):
-    """Where the text of an image is, see `find_text_lines`."""
-    return find_text_lines(image)[0]
-
-
 def find_text_lines(image):
     """Where the text of an image is, with some background around it, and its lines.
 
     Along a row of pixels, text is many short runs of ink, a stray line one or few: the
     rows of the text are those with many runs. Its columns are those with more ink in
     these rows than a line leaves. Lines that are about as heavy as the heaviest are kept.
+    Ink is what differs from the edges, or where that is no text, from most of the image.
 
     Args:
         image: an RGB `PIL.Image`.
@@ -403,26 +397,32 @@ def find_text_lines(image):
         is elsewhere); its `panel_box`, 1 and 0 where no text stands out.
     """
     panel = panel_box(image)
-    image, whole = image.crop(panel), (panel, 1, 0.0)
+    image = image.crop(panel)
     pixels, scale = _small(image)
-    height, width = pixels.shape[:2]
-    ink = _unlike(pixels, _ground(pixels))
-    lines = _line_rows(ink)
+    found = _text_in(_unlike(pixels, _ground(pixels)))
+    if not found:  # on a plate before a car, maybe
+        found = _text_in(_unlike(pixels, np.median(pixels, (0, 1)).astype(np.int16)))
+    if not found:
+        return panel, 1, 0.0
+    box = np.minimum(np.multiply(found[0], scale), image.size * 2)
+    return tuple((box + panel[:2] * 2).tolist()), *found[1:]
+
+
+def _text_in(ink):
+    """What `find_text_lines` returns of (H, W) ink, None where no text stands out."""
+    (height, width), lines = ink.shape, _line_rows(ink)
     if not lines:
-        return whole
+        return None
     top, bottom = int(lines[0][0]), int(lines[-1][-1]) + 1
     size = (bottom - top) // len(lines)
-    if size < max(3, min(height / 10, 12)):
-        return whole
     amount = _moving_mean(ink[top:bottom].sum(0), min(max(3, size // 4), width))
     columns = np.flatnonzero(amount > 0.08 * size + 0.7)
-    if not len(columns):
-        return whole
+    if size < max(3, min(height / 10, 12)) or not len(columns):
+        return None
     left, right = max(0, int(columns[0]) - size // 2), int(columns[-1]) + 1 + size // 2
     top, bottom = max(0, top - size // 4), bottom + size // 4
     stray = 1 - ink[top:bottom, left:right].sum() / ink.sum()
-    box = np.minimum(np.multiply((left, top, right, bottom), scale), image.size * 2)
-    return tuple((box + panel[:2] * 2).tolist()), len(lines), stray
+    return (left, top, right, bottom), len(lines), stray
 
 
 def _line_rows(ink):

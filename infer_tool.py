@@ -60,7 +60,7 @@ OPERATORS = {
 }  # fmt: skip
 QUICK = 5e-4  # seconds for an image, below which threads wait for each other
 INPUT = "images"  # name of its input
-DOUBT, BELIEVED = 0.5, 0.05  # confidence that needs no other shapes, and that these have at least
+DOUBT, BELIEVED = 0.5, (0.33, 0.05)  # confidence without other shapes; of theirs: 1 character, more
 # Looks at what was stretched or squeezed, how likely that is, pixels that a character takes then.
 SHAPES = ((0.3, 0.42, 0.6), 0.55, (CLOSE, math.inf)), ((1.25, 1.6, 2.2), 0.72, (0, WIDE))
 MAX_LOGITS = 2**23  # numbers of a batch, at most
@@ -370,7 +370,7 @@ class RecInfer:
             }
             for i, looks in self._looks(made, search).items():
                 reading = vote(looks)
-                if share * reading.confidence >= BELIEVED:
+                if share * reading.confidence >= BELIEVED[len(reading.text) > 1]:
                     yield i, reading._replace(confidence=share * reading.confidence)
 
     def _looks(self, views, search):

@@ -269,11 +269,11 @@ def browser_network(recogniser):
     model, converter = recogniser.model, recogniser.converter
     kernels = Path(__file__).with_name("assets").joinpath("reader.wasm").read_bytes()
     kind = "<f2" if recogniser.half else "<f4"
-    state = {
-        name: tensor.cpu().flatten().numpy().astype(kind)
-        for name, tensor in model.state_dict().items()
+    state = [
+        tensor.cpu().flatten().numpy().astype(kind)
+        for tensor in model.state_dict().values()
         if tensor.is_floating_point()
-    }
+    ]
     return {
         "nh": model.nh,
         "depth": model.depth,
@@ -282,9 +282,9 @@ def browser_network(recogniser):
         "letters": letters().decode() if converter.expect_kinds else "",
         "preprocess": asdict(recogniser.preprocess),
         "half": recogniser.half,
-        "tensors": [[name, len(numbers)] for name, numbers in state.items()],
+        "sizes": [*map(len, state)],
         "kernels": base64.b64encode(kernels).decode(),
-        "numbers": base64.b64encode(np.concatenate([*state.values()])).decode(),
+        "numbers": base64.b64encode(np.concatenate(state)).decode(),
     }
 
 

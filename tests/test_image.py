@@ -28,7 +28,6 @@ from image import (
     panel_box,
     read_image,
     slope_of,
-    text_box,
 )
 
 
@@ -117,7 +116,7 @@ def test_text_is_found_in_much_background():
         text = "".join(rng.choices("ABEHKMRSX2345689", k=rng.randrange(4, 8)))
         draw.text(place, text, font=font, fill=ink)
         left, top, right, bottom = draw.textbbox(place, text, font=font)
-        found = text_box(image)
+        found = find_text_lines(image)[0]
         assert found[0] <= left and found[1] <= top, text
         assert found[2] >= right and found[3] >= bottom, text
         area = (found[2] - found[0]) * (found[3] - found[1])
@@ -127,16 +126,16 @@ def test_text_is_found_in_much_background():
 
 def test_what_is_found_as_text_is_not_read_where_it_is_too_long():
     """The image alone is not, so it is read whole."""
-    left, top, right, bottom = text_box(dashes())
+    left, top, right, bottom = find_text_lines(dashes())[0]
     assert (right - left) / (bottom - top) * 32 > 4096
     assert [view.shape for view in Preprocess(32, trim=None).views(dashes())] == [(3, 32, 1280)]
 
 
 @pytest.mark.parametrize("size", [(2, 2), (2, 90), (90, 2), (33, 17)])
 def test_an_image_without_text_is_kept_whole(size):
-    assert text_box(Image.new("RGB", size, "red")) == (0, 0, *size)
+    assert find_text_lines(Image.new("RGB", size, "red"))[0] == (0, 0, *size)
     noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)
-    left, top, right, bottom = text_box(Image.fromarray(noise))
+    left, top, right, bottom = find_text_lines(Image.fromarray(noise))[0]
     assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
     assert Preprocess(trim=True)(Image.fromarray(noise)).shape[1] == 32
 
@@ -182,7 +181,7 @@ def test_frames_of_one_colour_are_cut_off():
         wanted = left, top, left + panel.width, top + panel.height
         assert np.abs(np.subtract(panel_box(image), wanted)).max() <= 2
         own, panel = Preprocess(trim=None).views(image)[0], image.crop(panel_box(image))
-        text = panel.crop(text_box(panel))
+        text = panel.crop(find_text_lines(panel)[0])
         read = text if text.height < panel.height / 2 else panel
         assert np.array_equal(own, Preprocess()(read))
 
@@ -201,7 +200,7 @@ def test_text_is_read_without_the_ground_around_it_where_nothing_else_is():
     """What is elsewhere may be text too, as far as the search for it knows."""
     image, preprocess = drawn((600, 200), ((200, 80), "AB 1234")), Preprocess(trim=None)
     [alone] = preprocess.views(image)
-    assert np.array_equal(alone, preprocess(image.crop(text_box(image))))
+    assert np.array_equal(alone, preprocess(image.crop(find_text_lines(image)[0])))
     ImageDraw.Draw(image).rectangle((500, 20, 580, 60), "black")
     whole, cut = preprocess.views(image)
     assert np.array_equal(whole, preprocess(image))
@@ -225,12 +224,26 @@ def test_text_that_falls_or_rises_is_seen_level_too(degrees, size):
     assert np.array_equal(preprocess.views(turned)[-1], preprocess.views(level)[-1])
 
 
+@pytest.mark.parametrize("degrees", [-6, -3, 3, 6])
+def test_text_is_found_on_a_plate_that_lies_askew_on_another_ground(degrees):
+    """Which is no frame, and both plate and text differ from it."""
+    plate = drawn((150, 48), ((12, 12), "AB 1234"))
+    image = ImageOps.expand(plate, 8, "green").rotate(degrees, fillcolor="green")
+    left, top, right, bottom = find_text_lines(image)[0]
+    assert left < 30
+    assert right > 120
+    assert bottom - top < 0.75 * image.height
+    fall = 4 + 50 * math.sin(math.radians(abs(degrees)))
+    assert top < 20 + fall
+    assert bottom > 44 - fall
+
+
 def test_two_lines_of_text_are_told_apart_and_kept():
     one = drawn((300, 200), ((60, 80), "AB 1234"))
     two = drawn((300, 200), ((60, 50), "ABC"), ((60, 110), "1234"), height=36)
     display = drawn((300, 60), ((60, 10), "88:88"), height=36)
     assert [find_text_lines(image)[1] for image in (one, two, display)] == [1, 2, 1]
-    _, top, _, bottom = text_box(two)
+    _, top, _, bottom = find_text_lines(two)[0]
     assert top <= 60
     assert bottom >= 140
 
@@ -239,7 +252,7 @@ def test_small_text_in_a_photo_is_found_in_little_memory():
     photo = Image.new("RGB", (3264, 2448), (225, 222, 216))
     photo.paste(drawn((600, 120), ((20, 10), "2YNPY2"), height=90), (1000, 1100))
     tracemalloc.start()
-    left, top, right, bottom = text_box(photo)
+    left, top, right, bottom = find_text_lines(photo)[0]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert left <= 1020 and top <= 1120 and right >= 1300 and bottom >= 1190

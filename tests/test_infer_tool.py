@@ -1,5 +1,6 @@
 """Reading: all kinds of input alike, neighbours without influence, with and without PyTorch."""
 
+import itertools
 import json
 import math
 import multiprocessing
@@ -23,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import train
 from collatefn import evaluation_loader
-from ctc_label_converter import vote
+from ctc_label_converter import Reading, vote
 from dataset import DataOptions, check
 from image import SURE, other_looks, read_image
 from infer_tool import BATCH_SIZE, SHIPPED_WEIGHTS, RecInfer
@@ -398,6 +399,19 @@ def test_images_that_were_stretched_are_read():
     images = [image.resize((round(3.3 * image.width), 70)) for image in images]
     readings = RecInfer(SHIPPED_WEIGHTS["general"]).predict(images)
     assert word_accuracy([reading.text for reading in readings], words) >= 0.9
+
+
+@pytest.mark.parametrize(("text", "least"), [("0", 0.33), ("10", 0.05)])
+def test_one_character_of_another_shape_is_believed_later_than_a_text(text, least, monkeypatch):
+    """Squeezed enough, whatever is doubtful looks like an I or a 0."""
+    reader, pixels = RecInfer(SHIPPED_WEIGHTS["general"]), np.zeros((3, 32, 64), np.uint8)
+    for share, confidence in itertools.product((0.55, 0.72), (0.9 * least, 1.1 * least)):
+        found = Reading(text, confidence / share, [0.5] * len(text))
+        monkeypatch.setattr(reader, "_looks", lambda made, _, one=found: {i: [one] for i in made})
+        length = 2 if share == 0.55 else 12  # of wide characters, and of narrow ones
+        first = Reading("A" * length, 0.01, [0.5] * length)
+        believed = list(reader._other_shapes({0: [pixels]}, {0: first}, None))
+        assert len(believed) == (1 if confidence > least else 0)
 
 
 @pytest.mark.parametrize("margin", [0, 12, 48, 96])
