@@ -383,7 +383,7 @@ def test_printed_lines_are_read_with_their_spaces():
 def test_lines_that_fall_or_rise_are_read(degrees):
     """As on a page that lay askew: uncut, their characters are small and lean."""
     rng, words = random.Random(0), words_of(4, 8)
-    texts = [f"{rng.choice(words)} {rng.choice(words)} {rng.randrange(10**4)}" for _ in range(40)]
+    texts = [f"{rng.choice(words)} {rng.choice(words)} {rng.randrange(10**4)}" for _ in range(20)]
     images = [
         drawn(text, 26, 4, 36).rotate(degrees, Image.Resampling.BILINEAR, True, fillcolor="white")
         for text in texts
