@@ -13,7 +13,6 @@ import re
 import threading
 import time
 import warnings
-from bisect import bisect
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +33,7 @@ SUFFIXES = (
 )  # fmt: skip
 # What training and the check write: pictures that are no data.
 NO_FOLDERS, OUR_PICTURES = ("save_model", "__MACOSX"), (".data.png", ".mistakes.png")
-MORE = "more pages"
-ORIENTATION = 0x0112  # the EXIF tag
+MORE, ORIENTATION = "more pages", 0x0112  # a key of an image's info; the EXIF tag
 PAUSES = (0.05, 0.2, 0.8)  # seconds, while another program may hold a file
 LOOKED_AT = 2**20  # pixels, at most, in which text is looked for
 INK = 30  # of 255: what differs less from an image's edges is background
@@ -135,10 +133,7 @@ class Preprocess:
     def normalise(self, pixels, kind=None):
         """uint8 tensor or array of any shape -> the same by mean and std, float32 or ``kind``."""
         if isinstance(pixels, np.ndarray):
-            pixels = pixels.astype(np.float32)
-            pixels -= self.mean
-            pixels /= self.std
-            return pixels
+            return (pixels.astype(np.float32) - self.mean) / self.std
         pixels = pixels.to(kind) if kind else pixels.float()
         return pixels.sub_(self.mean).div_(self.std)
 
@@ -150,7 +145,7 @@ def other_looks(images, readings):
     for look in LOOKS if images else ():
         yield {
             key: [
-                stretched(pixels, *look[bisect((CLOSE, WIDE), room_of(pixels, first))])
+                stretched(pixels, *look[sum(room_of(pixels, first) >= w for w in (CLOSE, WIDE))])
                 for pixels, first in zip(found, readings[key], strict=False)
             ]
             for key, found in images.items()
@@ -259,10 +254,7 @@ class ImageFinder:
 
 
 def read_image(source):
-    """Read an image of any mode as RGB, upright, transparency on white.
-
-    Args:
-        source: a path, the bytes of a file, or a `PIL.Image`.
+    """Read a path, the bytes of a file or a `PIL.Image` of any mode: upright, on white.
 
     Returns:
         an RGB `PIL.Image` of at least 2x2 pixels, of a file with several its first page or
@@ -309,9 +301,8 @@ def _to_rgb(image):
     if image.mode == "F" or image.mode.startswith("I"):
         image = _to_8_bits(image)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     image.load()
     return image if image.mode == "RGB" else image.convert("RGB")
 
@@ -382,15 +373,12 @@ def panel_box(image):
 
 
 def find_text_lines(image):
-    """Where the text of an image is, with some background around it, and its lines.
+    """Where the text of an RGB `PIL.Image` is, with some background around it, and its lines.
 
     Along a row of pixels, text is many short runs of ink, a stray line one or few: the
     rows of the text are those with many runs. Its columns are those with more ink in
     these rows than a line leaves. Lines that are about as heavy as the heaviest are kept.
     Ink is what differs from the edges, or where that is no text, from most of the image.
-
-    Args:
-        image: an RGB `PIL.Image`.
 
     Returns:
         ((left, top, right, bottom) for `Image.crop`, number of lines, share of the ink that
@@ -419,10 +407,25 @@ def _text_in(ink):
     columns = np.flatnonzero(amount > 0.08 * size + 0.7)
     if size < max(3, min(height / 10, 12)) or not len(columns):
         return None
-    left, right = max(0, int(columns[0]) - size // 2), int(columns[-1]) + 1 + size // 2
+    left = _text_edge(ink[top:bottom], columns[0], size)
+    right = width - _text_edge(ink[top:bottom, ::-1], width - 1 - columns[-1], size)
     top, bottom = max(0, top - size // 4), bottom + size // 4
     stray = 1 - ink[top:bottom, left:right].sum() / ink.sum()
     return (left, top, right, bottom), len(lines), stray
+
+
+def _text_edge(ink, first, size):
+    """Where to cut (rows, columns) of ink before the text whose first heavy column is given.
+
+    Before it, or before a sign: one as light as a minus stands alone at half of the height.
+    """
+    begin = max(0, first - 3 * size // 2)
+    empty = np.flatnonzero(~ink[:, begin:first].any(0))
+    near = ink[:, begin : begin + max(empty, default=0)]  # where no glyph begins yet
+    rows, columns = (np.flatnonzero(near.any(axis)) for axis in (1, 0))
+    halfway = len(rows) and min(rows[0], len(ink) - rows[-1]) >= len(ink) / 5
+    first = begin + columns[0] if halfway and columns[0] >= size // 4 else first
+    return max(0, int(first) - size // 2)
 
 
 def _line_rows(ink):
@@ -439,26 +442,24 @@ def _line_rows(ink):
 
 
 def _is_another_line(rows, heaviest, runs):
-    """Whether some rows are a line of text beside the heaviest: about as high and as heavy, and
-    further apart than the halves of a digit on a display.
-    """
+    """Whether some rows are a line of text beside the heaviest: about as high and as heavy."""
     gap = max(rows[0] - heaviest[-1], heaviest[0] - rows[-1])
     return (
         len(rows) >= max(8, 0.6 * len(heaviest))
         and runs[rows].sum() > 0.5 * runs[heaviest].sum()
-        and gap > 0.2 * len(heaviest)
+        and gap > 0.2 * len(heaviest)  # of a digit on a display the halves are closer
     )
 
 
 def fitting_preprocess(sizes, text_sizes, needed, height=None, width=None, trim=None, learnt=None):
     """The `Preprocess` that suits some images and their labels.
 
-    Images are cut to their text where that leaves less than half of them in the median,
-    and get 40 rows of pixels. Others, of much detail, higher than 50 pixels in the
-    median, get 48, the rest 32; where a network has learnt to read a height, those get 40
-    that are more than 1.75 times as high, the rest that. Characters of fewer than three
-    columns in the median get 48 at least, if no image is then too wide. The ratio is kept,
-    unless labels would not fit: all get one width then, at least 5 columns for 4 they need.
+    Images are cut to their text where that leaves less than half of them in the median, and get 40
+    rows of pixels. Others, of much detail, higher than 50 pixels in the median, get 48, the rest
+    32; where a network has learnt to read a height, those get 40 that are more than 1.75 times as
+    high, the rest that. Characters of fewer than three columns in the median get 48 at least, if no
+    image is then too wide. The ratio is kept, unless labels would not fit: all get one width then,
+    at least 5 columns for 4 they need.
 
     Args:
         sizes, text_sizes: (width, height) in pixels of each image and of its text box.
@@ -507,9 +508,8 @@ def as_they_come(items, most):
     try:
         end = None
         while end is None:
-            item, end = arrived.get()
-            batch = [] if end else [item]
-            while not end and len(batch) < most and not arrived.empty():
+            batch = []
+            while not end and len(batch) < most and not (batch and arrived.empty()):
                 item, end = arrived.get()
                 batch += [] if end else [item]
             if batch:

@@ -124,6 +124,24 @@ def test_text_is_found_in_much_background():
     assert median(times) < 3
 
 
+def test_a_sign_belongs_to_its_number_and_a_line_across_does_not():
+    """A minus is as light as a line, but it stands alone."""
+    number = drawn((400, 90), ((140, 20), "1250.75"), height=32)
+    alone = find_text_lines(number)[0]
+    for begin, end in ((121, 133), (268, 280)):
+        assert alone[0] > begin or alone[2] < end
+        for rows in ((40,), (37, 43)):  # a minus, and an equals sign
+            signed = number.copy()
+            for row in rows:
+                ImageDraw.Draw(signed).line([(begin, row), (end, row)], "black", width=2)
+            left, _, right, _ = find_text_lines(signed)[0]
+            assert left < begin
+            assert right > end
+    ImageDraw.Draw(number).line([(0, 40), (400, 40)], "black", width=2)
+    lined = find_text_lines(number)[0]
+    assert max(abs(a - b) for a, b in zip(alone, lined, strict=True)) < 5
+
+
 def test_what_is_found_as_text_is_not_read_where_it_is_too_long():
     """The image alone is not, so it is read whole."""
     left, top, right, bottom = find_text_lines(dashes())[0]
