@@ -1,8 +1,4 @@
-"""From a file's bytes to pixels, and bytes to disk.
-
-Drawing, training and reading without PyTorch share this: which files are read, what an
-image becomes before the network sees it (`Preprocess`), and how a file is written.
-"""
+"""From a file's bytes to pixels, and bytes to disk: for drawing, training and reading."""
 
 import contextlib
 import io
@@ -36,7 +32,8 @@ NO_FOLDERS, OUR_PICTURES = ("save_model", "__MACOSX"), (".data.png", ".mistakes.
 MORE, ORIENTATION = "more pages", 0x0112  # a key of an image's info; the EXIF tag
 PAUSES = (0.05, 0.2, 0.8)  # seconds, while another program may hold a file
 LOOKED_AT = 2**20  # pixels, at most, in which text is looked for
-INK = 30  # of 255: what differs less from an image's edges is background
+INK, NOISY = 30, 3  # of 255, or so many steps of the noise: what differs less is background
+FEW, INKY = 4, 0.4  # runs of ink in a row of a few characters; share of ink that is none
 STRAY, ABRUPT = 0.02, 0.75  # shares of a line: of a frame, less; where a frame ends, more
 GRID, SLOPES = (32, 64), 15  # columns and rows in which slopes are tried, so many steps each way
 STEEPEST, LEVEL, AGREED = 0.27, 0.12, 0.8  # slope; heights; share of what a half shows at most
@@ -82,17 +79,15 @@ class Preprocess:
         """Resize an RGB `PIL.Image` to (3, height, W) uint8, W a multiple of 4; see `width_of`."""
         if self.trim:
             image = image.crop(find_text_lines(image)[0])
-        width = self.width_of(*image.size)
-        if image.size != (width, self.height):
-            image = image.resize((width, self.height), Image.Resampling.BILINEAR)
+        size = self.width_of(*image.size), self.height
+        image = image.resize(size, Image.Resampling.BILINEAR)
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
     def views(self, image):
         """What there is to read of an RGB image: its pixels, and maybe those of its text alone.
 
-        The reading of the higher confidence counts: with blots, text may be cut wrongly. Of less
-        than half of the height, with hardly any ink elsewhere, it is read alone: uncut, a dot is
-        lost without a doubt. Frames are cut off before. What rises or falls is read level too.
+        The surest reading counts: text may be cut wrongly. Where it has less than half of the
+        height, and hardly any ink is elsewhere, it is read alone: uncut, a dot is lost for sure.
         """
         if self.trim is not None:
             return [self(image)]
@@ -120,10 +115,8 @@ class Preprocess:
         """
         resized = self.width or max(1, round(width * self.height / height / PATCH)) * PATCH
         if resized > MAX_WIDTH:
-            raise ImageError(
-                f"has {width}x{height} pixels, that is {resized} pixels wide at height "
-                f"{self.height}, more than {MAX_WIDTH}: cut it into lines of text"
-            )
+            size = f"{width}x{height} pixels, that is {resized} pixels wide at height {self.height}"
+            raise ImageError(f"has {size}, more than {MAX_WIDTH}: cut it into lines of text")
         return resized
 
     def __str__(self):
@@ -314,11 +307,10 @@ def _to_8_bits(image):
     """
     with np.errstate(all="ignore"):  # a broken file may hold any number
         pixels = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        if image.mode == "F":
-            scale = 255 if pixels.max() <= 1 else 1
-        else:
-            deep = image.mode.startswith("I;16") or pixels.max() > 255
-            scale = 255 / (4095 if pixels.max() < 4096 else 65535) if deep else 1
+        most, is_float = pixels.max(), image.mode == "F"
+        deep = most <= 1 if is_float else image.mode.startswith("I;16") or most > 255
+        white = 1 if is_float else 4095 if most < 4096 else 65535
+        scale = 255 / white if deep else 1
         return Image.fromarray((pixels * scale).round().clip(0, 255).astype(np.uint8))
 
 
@@ -333,9 +325,18 @@ def _small(image):
     return np.asarray(image.reduce(scale) if scale > 1 else image).astype(np.int16), scale
 
 
-def _unlike(pixels, colour):
-    """(H, W) bool: which of (H, W, 3) int16 pixels differ from a colour."""
-    return np.abs(pixels - colour).max(2) > INK
+def _unlike(pixels, colour, least=INK):
+    """(H, W) bool: which of (H, W, 3) int16 pixels differ from a colour by more than noise does."""
+    steps = np.abs(np.diff(pixels[[0, -1]], axis=1)).max(2)  # at the edges, where hardly text is
+    return np.abs(pixels - colour).max(2) > max(least, NOISY * np.median(steps))
+
+
+def _around(pixels):
+    """(H, W, 3) int16: the mean colour around each pixel, of about a quarter of the height."""
+    (height, width), image = pixels.shape[:2], Image.fromarray(pixels.astype(np.uint8))
+    for size in ((max(1, round(4 * width / height)), 4), (width, height)):
+        image = image.resize(size, Image.Resampling.BILINEAR)
+    return np.asarray(image).astype(np.int16)
 
 
 def _ground(pixels):
@@ -375,10 +376,10 @@ def panel_box(image):
 def find_text_lines(image):
     """Where the text of an RGB `PIL.Image` is, with some background around it, and its lines.
 
-    Along a row of pixels, text is many short runs of ink, a stray line one or few: the
-    rows of the text are those with many runs. Its columns are those with more ink in
-    these rows than a line leaves. Lines that are about as heavy as the heaviest are kept.
-    Ink is what differs from the edges, or where that is no text, from most of the image.
+    Along a row of pixels, text is many short runs of ink, a stray line one or few: the rows of the
+    text are those with many runs. Its columns are those with more ink in these rows than a line
+    leaves. Lines that are about as heavy as the heaviest are kept. Ink is what differs from the
+    edges; where no text does, or nearly all, from what is around it: light may be uneven.
 
     Returns:
         ((left, top, right, bottom) for `Image.crop`, number of lines, share of the ink that
@@ -387,17 +388,18 @@ def find_text_lines(image):
     panel = panel_box(image)
     image = image.crop(panel)
     pixels, scale = _small(image)
-    found = _text_in(_unlike(pixels, _ground(pixels)))
-    if not found:  # on a plate before a car, maybe
-        found = _text_in(_unlike(pixels, np.median(pixels, (0, 1)).astype(np.int16)))
+    ink = _unlike(pixels, _ground(pixels))
+    found = _text_in(ink)
+    if not found or (found[3] > ROOMY and ink.mean() > INKY):
+        found = _text_in(_unlike(pixels, _around(pixels), INK / 2)) or found
     if not found:
         return panel, 1, 0.0
     box = np.minimum(np.multiply(found[0], scale), image.size * 2)
-    return tuple((box + panel[:2] * 2).tolist()), *found[1:]
+    return tuple((box + panel[:2] * 2).tolist()), *found[1:3]
 
 
 def _text_in(ink):
-    """What `find_text_lines` returns of (H, W) ink, None where no text stands out."""
+    """`find_text_lines` of (H, W) ink, and the share of the image that it is; None without text."""
     (height, width), lines = ink.shape, _line_rows(ink)
     if not lines:
         return None
@@ -410,8 +412,8 @@ def _text_in(ink):
     left = _text_edge(ink[top:bottom], columns[0], size)
     right = width - _text_edge(ink[top:bottom, ::-1], width - 1 - columns[-1], size)
     top, bottom = max(0, top - size // 4), bottom + size // 4
-    stray = 1 - ink[top:bottom, left:right].sum() / ink.sum()
-    return (left, top, right, bottom), len(lines), stray
+    part = ink[top:bottom, left:right]
+    return (left, top, right, bottom), len(lines), 1 - part.sum() / ink.sum(), part.size / ink.size
 
 
 def _text_edge(ink, first, size):
@@ -433,33 +435,31 @@ def _line_rows(ink):
     height = len(ink)
     runs = _moving_mean(ink[:, 0] + (ink[:, 1:] & ~ink[:, :-1]).sum(1), min(3, height))
     rows = np.flatnonzero(runs > max(2.2, 0.3 * np.percentile(runs, 90)))
-    if not len(rows):
-        return []
     # Accents and the dots of i stand apart from their line, other lines further.
     parts = np.split(rows, np.flatnonzero(np.diff(rows) > height // 20) + 1)
     heaviest = max(parts, key=lambda part: runs[part].sum())
-    return [part for part in parts if part is heaviest or _is_another_line(part, heaviest, runs)]
+    lines = [part for part in parts if part is heaviest or _is_another_line(part, heaviest, runs)]
+    if len(lines) == 1 and 0 < runs.max() <= FEW:
+        y, x = ink.nonzero()  # of a few characters all belongs to them, if it stands together
+        if ink[1:-1, 1:-1].sum() == len(y) and np.ptp(x) <= 3 * np.ptp(y):
+            return [np.arange(y[0], y[-1] + 1)]
+    return lines if len(rows) else []
 
 
 def _is_another_line(rows, heaviest, runs):
     """Whether some rows are a line of text beside the heaviest: about as high and as heavy."""
-    gap = max(rows[0] - heaviest[-1], heaviest[0] - rows[-1])
-    return (
-        len(rows) >= max(8, 0.6 * len(heaviest))
-        and runs[rows].sum() > 0.5 * runs[heaviest].sum()
-        and gap > 0.2 * len(heaviest)  # of a digit on a display the halves are closer
-    )
+    is_high = len(rows) >= max(8, 0.6 * len(heaviest))
+    is_heavy = runs[rows].sum() > 0.5 * runs[heaviest].sum()
+    gap = max(rows[0] - heaviest[-1], heaviest[0] - rows[-1])  # less in a digit of a display
+    return is_high and is_heavy and gap > 0.2 * len(heaviest)
 
 
 def fitting_preprocess(sizes, text_sizes, needed, height=None, width=None, trim=None, learnt=None):
     """The `Preprocess` that suits some images and their labels.
 
-    Images are cut to their text where that leaves less than half of them in the median, and get 40
-    rows of pixels. Others, of much detail, higher than 50 pixels in the median, get 48, the rest
-    32; where a network has learnt to read a height, those get 40 that are more than 1.75 times as
-    high, the rest that. Characters of fewer than three columns in the median get 48 at least, if no
-    image is then too wide. The ratio is kept, unless labels would not fit: all get one width then,
-    at least 5 columns for 4 they need.
+    What is cut to its text, or has more detail, gets more rows of pixels, the rest those that a
+    network has learnt; README.md says which. The ratio is kept, unless labels would not fit: all
+    get one width then, at least 5 columns for 4 they need.
 
     Args:
         sizes, text_sizes: (width, height) in pixels of each image and of its text box.
@@ -525,8 +525,7 @@ def as_they_come(items, most):
 def write_atomically(path, content):
     """Write bytes so that ``path`` is either as before or complete, whatever happens.
 
-    Raises OSError, naming ``path``, where they cannot be written; PermissionError where
-    ``path`` stays in use by another program.
+    Raises OSError, naming ``path``, where they cannot be, as while another program uses it.
     """
     # Of its own, whoever else writes to the same path.
     scratch = path.with_name(f"{path.name}.{os.urandom(6).hex()}.unfinished")

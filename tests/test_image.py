@@ -142,6 +142,39 @@ def test_a_sign_belongs_to_its_number_and_a_line_across_does_not():
     assert max(abs(a - b) for a, b in zip(alone, lined, strict=True)) < 5
 
 
+@pytest.mark.parametrize("text", ["7", "W", "-3", "35", "4.5", "Ab"])
+def test_few_characters_are_found_in_much_background(text):
+    """All of them and little else, though no row of pixels has as many runs as a line of text."""
+    for height in (18, 26, 40):
+        image = drawn((300, 100), ((120, 30), text), height=height)
+        rows, columns = (np.flatnonzero((np.asarray(image)[..., 0] < 200).any(i)) for i in (1, 0))
+        left, top, right, bottom = find_text_lines(image)[0]
+        assert left <= columns[0] < columns[-1] < right <= columns[-1] + height
+        assert top <= rows[0] < rows[-1] < bottom <= rows[-1] + height
+
+
+@pytest.mark.parametrize("look", ["noise", "faint", "uneven light", "a label"])
+def test_text_is_found_in_what_a_camera_sees(look):
+    """In noise, of little contrast, where one side is dark, and on a label that lies on a thing."""
+    rng = np.random.default_rng(0)
+    image, place = drawn((420, 110), ((200, 60), "AB 1234")), (200, 60)
+    if look == "a label":
+        image, place = Image.new("RGB", (420, 110), (110, 90, 60)), (212, 64)
+        image.paste(drawn((130, 40), ((12, 4), "AB 1234")), (200, 60))
+    pixels = np.asarray(image).astype(float)
+    if look == "faint":
+        pixels = 200 - (255 - pixels) / 10
+    if look == "uneven light":
+        pixels *= np.linspace(0.4, 1, 420)[:, None]
+    pixels += rng.normal(0, {"noise": 25, "faint": 1}.get(look, 9), pixels.shape)
+    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    left, top, right, bottom = find_text_lines(image)[0]
+    assert place[0] - 24 < left <= place[0]
+    assert place[1] - 12 < top <= place[1] + 6
+    assert place[0] + 80 < right < place[0] + 150
+    assert place[1] + 20 < bottom < place[1] + 50
+
+
 def test_what_is_found_as_text_is_not_read_where_it_is_too_long():
     """The image alone is not, so it is read whole."""
     left, top, right, bottom = find_text_lines(dashes())[0]
