@@ -328,7 +328,8 @@ def _small(image):
 def _unlike(pixels, colour, least=INK):
     """(H, W) bool: which of (H, W, 3) int16 pixels differ from a colour by more than noise does."""
     steps = np.abs(np.diff(pixels[[0, -1]], axis=1)).max(2)  # at the edges, where hardly text is
-    return np.abs(pixels - colour).max(2) > max(least, NOISY * np.median(steps))
+    noise = np.median(steps) if steps.size else 0  # of one column, none
+    return np.abs(pixels - colour).max(2) > max(least, NOISY * noise)
 
 
 def _around(pixels):
