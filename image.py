@@ -9,13 +9,12 @@ import re
 import threading
 import time
 import warnings
+from bisect import bisect
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
-# ImageOps, which reading seldom needs, is imported where it is used, for a quicker start.
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 PATCH = 4  # pixels: the network sees patches of 4x4, and each column of them is one step of CTC
@@ -44,6 +43,7 @@ LOOKS = (  # each at close ones, others and wide ones: times the width, share of
     ((1.6, 0), (1.25, 0), (0.8, 0.1)),
 )  # fmt: skip
 SURE = 0.9  # confidence that needs no other looks
+BILINEAR = Image.Resampling.BILINEAR
 # Good files carry more than a megabyte of text or of a colour profile.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**24
 _LOADING = threading.Lock()
@@ -80,7 +80,8 @@ class Preprocess:
         if self.trim:
             image = image.crop(find_text_lines(image)[0])
         size = self.width_of(*image.size), self.height
-        image = image.resize(size, Image.Resampling.BILINEAR)
+        if image.size != size:  # else it would be copied
+            image = image.resize(size, BILINEAR)
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
     def views(self, image):
@@ -138,7 +139,7 @@ def other_looks(images, readings):
     for look in LOOKS if images else ():
         yield {
             key: [
-                stretched(pixels, *look[sum(room_of(pixels, first) >= w for w in (CLOSE, WIDE))])
+                stretched(pixels, *look[bisect((CLOSE, WIDE), room_of(pixels, first))])
                 for pixels, first in zip(found, readings[key], strict=False)
             ]
             for key, found in images.items()
@@ -169,7 +170,7 @@ def slope_of(image):
     of the image says something else: glyphs that are turned one by one are no line that is.
     """
     (columns, rows), steps = GRID, np.arange(-SLOPES, SLOPES + 1)
-    grid = np.asarray(image.resize(GRID, Image.Resampling.BILINEAR)).sum(2, dtype=np.int64)
+    grid = np.asarray(image.resize(GRID, BILINEAR)).sum(2, dtype=np.int64)
     falls = min(1, STEEPEST * image.width / image.height) * steps / SLOPES  # in heights
     down = np.rint(((np.arange(columns) + 0.5) / columns - 0.5) * falls[:, None] * rows)
     places = (np.arange(rows)[:, None] + down[:, None].astype(int)).clip(0, rows - 1)
@@ -188,8 +189,7 @@ def levelled(image, slope):
     w, h = math.ceil(width * cos + height * abs(sin)), math.ceil(width * abs(sin) + height * cos)
     left, top = (width - w * cos + h * sin) / 2, (height - w * sin - h * cos) / 2
     turn, ground = (cos, -sin, left, sin, cos, top), tuple(_ground(np.asarray(image)).tolist())
-    affine, linear = Image.Transform.AFFINE, Image.Resampling.BILINEAR
-    return image.transform((w, h), affine, turn, linear, fillcolor=ground)
+    return image.transform((w, h), Image.Transform.AFFINE, turn, BILINEAR, fillcolor=ground)
 
 
 def find_images(folder):
@@ -288,7 +288,7 @@ def _to_rgb(image):
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(f"has {size}, more than {MAX_PIXELS:,} are refused")
     if image.getexif().get(ORIENTATION, 1) != 1:
-        from PIL import ImageOps
+        from PIL import ImageOps  # here, for a quicker start of what seldom needs it
 
         image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):
@@ -334,10 +334,9 @@ def _unlike(pixels, colour, least=INK):
 
 def _around(pixels):
     """(H, W, 3) int16: the mean colour around each pixel, of about a quarter of the height."""
-    (height, width), image = pixels.shape[:2], Image.fromarray(pixels.astype(np.uint8))
-    for size in ((max(1, round(4 * width / height)), 4), (width, height)):
-        image = image.resize(size, Image.Resampling.BILINEAR)
-    return np.asarray(image).astype(np.int16)
+    image = Image.fromarray(pixels.astype(np.uint8))
+    small = image.resize((max(1, round(4 * image.width / image.height)), 4), BILINEAR)
+    return np.asarray(small.resize(image.size, BILINEAR)).astype(np.int16)
 
 
 def _ground(pixels):
