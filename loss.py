@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -21,9 +22,11 @@ SAMPLED = 256
 SMOOTHING, SMOOTHING_STEPS = 0.03, 150
 CLIP = 5.0  # largest norm of the gradient
 MUON = 3.4445, -4.7750, 2.0315  # of the polynomial that drives singular values near to 1
-# A training that ends when it is done: share of its epochs without a lower loss, and the fewest
-# steps and epochs, before the rate falls; the fewest epochs of the fall.
-PATIENCE, PATIENT_STEPS, PATIENT_EPOCHS, LEAST_FALL = 0.25, 100, 4, 4
+# A training that ends when it is done: share of its epochs without a lower loss before the rate
+# falls, and the fewest epochs of the fall; the fewest steps and epochs without a lower loss, of a
+# new network, and of one that keeps its statistics, whose loss is soon as low as it gets.
+PATIENCE, LEAST_FALL = 0.25, 4
+PATIENT_STEPS, PATIENT_EPOCHS = (100, 50), (4, 2)
 # Nats per image by which a loss must fall to be lower, and share of it. That share is for up to
 # 100 images: the loss of more changes less by chance, with the root of their number.
 LEAST_GAIN, LEAST_SHARE = 0.01, 0.03
@@ -232,7 +235,7 @@ class Optimizer:
         self.numbers = numbers = Numbers(model)
         weights = numbers.weights
         weights.grad = self.gradient = torch.zeros_like(weights)
-        for layer in model.modules():  # whose bias batch normalisation takes away again
+        for layer in model.modules():  # normalisation takes their bias away, or has its own
             if isinstance(layer, nn.Conv2d):
                 layer.bias.requires_grad_(False)
         gradients = parts_of(self.gradient, numbers.tensors)
@@ -364,7 +367,8 @@ def fall_of(results, preset, steps, images):
         lowest = result.test_loss if better else lowest
     left = preset.epochs - epochs
     length = max(LEAST_FALL, round(preset.fall * epochs))
-    patient = max(PATIENCE * epochs, PATIENT_STEPS / steps, PATIENT_EPOCHS)
+    kept = preset.keep_statistics
+    patient = max(PATIENCE * epochs, PATIENT_STEPS[kept] / steps, PATIENT_EPOCHS[kept])
     if waited < patient and lowest >= NOTHING and length < left:
         return 0
     return min(left, length)
@@ -405,6 +409,16 @@ def reason_to_stop(results, best, stop_at, patience):
     if patience and waited >= patience:
         return f"stopped: no better for {waited} epochs (--patience)"
     return None
+
+
+def precision(amp, device):
+    """(dtype, context for the forward pass, `GradScaler`) of mixed precision, or of float32."""
+    if not amp:
+        return torch.float32, nullcontext(), torch.amp.GradScaler(device.type, enabled=False)
+    bfloat16 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    kind = torch.bfloat16 if bfloat16 else torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=kind == torch.float16)
+    return kind, torch.autocast(device.type, kind), scaler
 
 
 def take_step(optimizer, scaler, loss):

@@ -26,7 +26,6 @@ import os
 import pickle
 import platform
 import sys
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -63,18 +62,25 @@ class ConvBNACT(nn.Module):
 
         Pointwise it is a matrix product. Normalisation, activation and all their gradients
         pass over one matrix, (N * H' * W', C_out), from front to back. The bias, which
-        normalisation takes away again, only goes into its running mean.
+        normalisation takes away again, only goes into its running mean. Where the statistics
+        are kept, normalisation is a scale and a shift, which the convolution takes over.
         """
         conv, bn = self.conv, self.bn
+        weight, bias = conv.weight, None
+        if not bn.training:
+            scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
+            weight = weight * scale[:, None, None, None]
+            bias = bn.bias + (conv.bias - bn.running_mean) * scale
         if conv.kernel_size == (1, 1):
-            x = F.linear(x.movedim(1, 3), conv.weight.flatten(1))
+            x = F.linear(x.movedim(1, 3), weight.flatten(1), bias)
         else:
-            x = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, groups=conv.groups)
+            x = F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=conv.groups)
             x = x.movedim(1, 3)  # (N, H', W', C_out)
-        matrix = x.reshape(-1, x.shape[3], 1, 1)
-        # As much as makes it ``momentum`` of the bias when the step's mean comes in.
-        bn.running_mean.add_(conv.bias.detach(), alpha=bn.momentum / (1 - bn.momentum))
-        return self.act(bn(matrix)).view(x.shape).movedim(3, 1)
+        if bn.training:
+            # As much as makes it ``momentum`` of the bias when the step's mean comes in.
+            bn.running_mean.add_(conv.bias.detach(), alpha=bn.momentum / (1 - bn.momentum))
+            x = bn(x.reshape(-1, x.shape[3], 1, 1)).view(x.shape)
+        return self.act(x).movedim(3, 1)
 
 
 class MicroBlock(nn.Module):
@@ -116,6 +122,12 @@ class MicroNet(nn.Module):
         self.blocks = nn.ModuleList(MicroBlock(nh) for _ in range(depth))
         self.flatten = nn.Flatten(1, 2)
         self.linear = nn.Linear(nh * img_height // PATCH, nclass)
+
+    def begin_training(self, keep_statistics=False):
+        """`train`, but for batch normalisation where it is to keep its statistics."""
+        for layer in self.train().modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.train(not keep_statistics)
 
     def forward(self, images, widths=None, classes=None):
         """Logits of each column of 4 pixels.
@@ -457,16 +469,6 @@ def fast_bfloat16(device):
     return device.type == "cpu" and asks is not None and asks()
 
 
-def precision(amp, device):
-    """(dtype, context for the forward pass, `GradScaler`) of mixed precision, or of float32."""
-    if not amp:
-        return torch.float32, nullcontext(), torch.amp.GradScaler(device.type, enabled=False)
-    bfloat16 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
-    kind = torch.bfloat16 if bfloat16 else torch.float16
-    scaler = torch.amp.GradScaler(device.type, enabled=kind == torch.float16)
-    return kind, torch.autocast(device.type, kind), scaler
-
-
 def count_parameters(module):
     """Number of trainable parameters in ``module`` and below."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -522,10 +524,7 @@ def main():
     parser.add_argument("--nh", type=int, default=16, help="channels (default: %(default)s)")
     parser.add_argument("--depth", type=int, default=2, help="MicroBlocks (default: %(default)s)")
     parser.add_argument(
-        "--nclass",
-        type=int,
-        default=60,
-        help="characters of the alphabet plus 1 for the blank (default: %(default)s)",
+        "--nclass", type=int, default=60, help="characters and the blank (default: %(default)s)"
     )
     parser.add_argument("--height", type=int, default=32, help="pixels (default: %(default)s)")
     parser.add_argument("--width", type=int, default=128, help="pixels (default: %(default)s)")

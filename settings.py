@@ -53,6 +53,7 @@ class Preset:
         until_done: end when the loss of held-out images falls no more, see `fall_of`,
             after ``epochs`` at the latest; else after all of them.
         fall: how long the rate falls then, in the epochs before that.
+        keep_statistics: of batch normalisation, as a network that reads already has them.
     """
 
     preprocess: Preprocess
@@ -72,6 +73,7 @@ class Preset:
     expect_kinds: bool = False
     until_done: bool = False
     fall: float = 0.4
+    keep_statistics: bool = False
 
 
 PRESETS = {  # of the tasks in gen_image.py
@@ -115,13 +117,14 @@ def own_preset(checked, start=None):
     if start:
         # A high rate unlearns what is known of other fonts, of which few images show too little;
         # many are learnt by heart at a low one.
-        lr = min(0.01, max(0.0015 if hard else 0.003, images / 450_000))
+        rate = images / 450_000 if hard else 0.003 * (images / 100) ** (1 / 3)
+        lr = min(0.01, max(0.0015 if hard else 0.003, rate))
         # What thousands of images in many fonts have to teach takes longer to settle.
         fall = min(2, max(Preset.fall, images / 2000)) if hard else Preset.fall
         return Preset(
             size, start.model.nh, start.model.depth, epochs, lr, averaging=averaging,
             augment=small_set, muon=2, batch_size=32, amp=True, until_done=True, fall=fall,
-            warm_up=20,
+            warm_up=20, keep_statistics=True,
         )  # fmt: skip
     return Preset(
         size,

@@ -69,6 +69,7 @@ from loss import (
     best_epoch,
     fall_of,
     learning_rate,
+    precision,
     reason_to_stop,
     take_step,
 )
@@ -110,9 +111,9 @@ class Run:
     forward: torch.nn.Module
     average: MovingAverage
     optimizer: Optimizer
-    scaler: torch.amp.GradScaler
     kind: torch.dtype
     autocast: nullcontext
+    scaler: torch.amp.GradScaler
     batches_of: Callable
     train_batches: TrainingLoader
     held_out: DataLoader
@@ -157,8 +158,8 @@ def train_epoch(run, bar):
 
     Raises ValueError where the gradients stay without finite values.
     """
-    run.recogniser.model.train()
     progress, criterion, preset = run.progress, CTCLoss(), run.plan.preset
+    run.recogniser.model.begin_training(preset.keep_statistics)
     steps, fall = preset.epochs * len(run.train_batches), progress.fall and progress.fall[::2]
     total_loss, images, in_a_row = torch.zeros((), device=run.device), 0, 0
     for batch in run.train_batches:
@@ -275,12 +276,11 @@ def set_up(args, plan, files, start, device):
     if world > 1:
         forward = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
         torch.manual_seed(args.seed + rank)  # each augments in its own way
-    kind, autocast, scaler = network.precision(preset.amp, device)
     return Run(
         recogniser, torch.compile(forward) if args.compile else forward,
-        MovingAverage(model, optimizer.numbers, preset.averaging), optimizer, scaler,
-        kind, autocast, batches_of, batches_of(checked.train), held_out, order, plan,
-        plan.identity(args), files, Progress(), device,
+        MovingAverage(model, optimizer.numbers, preset.averaging), optimizer,
+        *precision(preset.amp, device), batches_of, batches_of(checked.train), held_out, order,
+        plan, plan.identity(args), files, Progress(), device,
     )  # fmt: skip
 
 

@@ -109,6 +109,24 @@ def test_a_training_step_is_that_of_convolution_normalisation_and_activation():
         torch.testing.assert_close(ours, theirs)
 
 
+def test_a_training_that_keeps_its_statistics_reads_as_the_network_does():
+    torch.manual_seed(0)
+    model = MicroNet(nh=8, nclass=11).double()
+    images = torch.randn(3, 3, 32, 64).double()
+    model.train()(3 * images + 1)  # its statistics are those of other images
+    before, expected = copy.deepcopy(model.state_dict()), model.eval()(images)
+    parameters = [p for name, p in model.named_parameters() if not name.endswith("conv.bias")]
+    plain = torch.autograd.grad(expected.square().mean(), parameters)
+    model.begin_training(keep_statistics=True)
+    output = model(images)
+    gradients = torch.autograd.grad(output.square().mean(), parameters)
+    for ours, theirs in zip([output, *gradients], [expected, *plain], strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.begin_training()
+    assert not torch.allclose(model(images), expected)
+
+
 def test_shapes_that_do_not_fit_are_refused():
     model = MicroNet()
     for shape in [(1, 3, 32, 30), (1, 3, 28, 32)]:

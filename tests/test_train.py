@@ -21,9 +21,9 @@ from PIL import Image
 from collatefn import Batch
 from ctc_label_converter import CTCLabelConverter
 from infer_tool import SHIPPED_WEIGHTS, RecInfer
-from loss import CTCLoss, Optimizer, fall_of, learning_rate, take_step
+from loss import CTCLoss, Optimizer, fall_of, learning_rate, precision, take_step
 from metric import EpochResult
-from model import MicroNet, precision
+from model import MicroNet
 from settings import PRESETS
 
 NAME, BRIEF_NAME = "digits_nh16_depth2", "digits_nh8_depth1"
@@ -125,7 +125,7 @@ def test_a_few_images_are_enough_for_the_general_network(digits, tmp_path):
 # As train.py, but with a loss that never falls by enough: the training is done at once.
 DONE_AT_ONCE = """
 import sys, loss
-loss.LEAST_GAIN, loss.PATIENT_STEPS = 1e9, 20
+loss.LEAST_GAIN, loss.PATIENT_STEPS = 1e9, (20, 20)
 import train
 sys.exit(train.main())
 """
