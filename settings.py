@@ -115,16 +115,19 @@ def own_preset(checked, start=None):
     # Looks are for many fonts: where there is one, they blur what tells 0 from O.
     small_set = "looks" if hard else "affine"
     if start:
+        # Of another script it has all to learn, its statistics too.
+        known = set(checked.alphabet) & set(start.converter.alphabet)
+        near = 2 * len(known) > len(checked.alphabet)
         # A high rate unlearns what is known of other fonts, of which few images show too little;
         # many are learnt by heart at a low one.
-        rate = images / 450_000 if hard else 0.003 * (images / 100) ** (1 / 3)
+        rate = 0.003 * (images / 100) ** (1 / 3) if near and not hard else images / 450_000
         lr = min(0.01, max(0.0015 if hard else 0.003, rate))
         # What thousands of images in many fonts have to teach takes longer to settle.
         fall = min(2, max(Preset.fall, images / 2000)) if hard else Preset.fall
         return Preset(
             size, start.model.nh, start.model.depth, epochs, lr, averaging=averaging,
             augment=small_set, muon=2, batch_size=32, amp=True, until_done=True, fall=fall,
-            warm_up=20, keep_statistics=True,
+            warm_up=20, keep_statistics=near,
         )  # fmt: skip
     return Preset(
         size,

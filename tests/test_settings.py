@@ -88,16 +88,14 @@ def test_more_images_that_are_cut_end_in_a_longer_fall():
         assert begun + fall_of(rows[:begun], p, 100, 100) == p.epochs
 
 
-def test_a_training_from_a_network_that_reads_is_done_sooner():
-    start, size = load_checkpoint(SHIPPED_WEIGHTS["general"]), Preprocess(32)
-    checked = Checked([None] * 800, [], {}, "ab", size, [], [], {})
-    begun = []
-    for known in (start, None):
-        p = own_preset(checked, known)
-        assert p.keep_statistics == bool(known)
+def test_a_training_is_done_sooner_from_a_network_that_reads_its_script():
+    general, size, begun = load_checkpoint(SHIPPED_WEIGHTS["general"]), Preprocess(32), []
+    for start, alphabet in (general, "0123456789京沪"), (general, "१२३४५६७८९0"), (None, "ab"):
+        p = own_preset(Checked([None] * 800, [], {}, alphabet, size, [], [], {}), start)
+        assert p.keep_statistics == (not begun)
         rows = [EpochResult(n, 0, max(1, 5 - n), 0, 0, 0, 0) for n in range(1, p.epochs)]
         begun.append(next(n for n in range(1, p.epochs) if fall_of(rows[:n], p, 25, 100)))
-    assert begun == [6, 8]  # the loss of the fourth epoch is the lowest
+    assert begun == [6, 8, 8]  # the loss of the fourth epoch is the lowest
 
 
 def torchrun(digits, folder, *flags):
