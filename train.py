@@ -415,8 +415,8 @@ def train(args, device):
             if progress.fall and progress.fall[1] == row.epoch and rank == 0:
                 bar.total = progress.fall[2]
                 bar.write(
-                    "the loss of the held-out images falls no more, or the epochs end: up to epoch "
-                    f"{last_epoch(run)} at a falling rate, with those images too (--epochs)"
+                    "the loss of the held-out images falls no more, few errors are left or epochs "
+                    f"end: to epoch {last_epoch(run)} at a falling rate, with those too (--epochs)"
                 )
             ended = reason_to_stop(progress.rows, run.best_epoch(), args.stop_at, args.patience)
     except KeyboardInterrupt:

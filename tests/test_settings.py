@@ -82,20 +82,28 @@ def test_more_images_that_are_cut_end_in_a_longer_fall():
     assert len({p.fall for p in [*whole, *cut[:2]]}) == 1
     assert whole[0].fall < preset(1500, True).fall < cut[2].fall == cut[3].fall
     for p in cut:  # even while the loss still falls, the rate has reached 0 by the last epoch
-        rows = [EpochResult(n, 0, 1e6 * 0.96**n, 0, 0, 0, 0) for n in range(1, p.epochs)]
+        rows = [EpochResult(n, 0, 1e6 * 0.96**n, 0, 1, 0, 0) for n in range(1, p.epochs)]
         begun = next(n for n in range(1, p.epochs) if fall_of(rows[:n], p, 100, 100))
         assert p.epochs // 4 < begun
         assert begun + fall_of(rows[:begun], p, 100, 100) == p.epochs
 
 
 def test_a_training_is_done_sooner_from_a_network_that_reads_its_script():
-    general, size, begun = load_checkpoint(SHIPPED_WEIGHTS["general"]), Preprocess(32), []
-    for start, alphabet in (general, "0123456789京沪"), (general, "१२३४५६७८९0"), (None, "ab"):
-        p = own_preset(Checked([None] * 800, [], {}, alphabet, size, [], [], {}), start)
-        assert p.keep_statistics == (not begun)
-        rows = [EpochResult(n, 0, max(1, 5 - n), 0, 0, 0, 0) for n in range(1, p.epochs)]
-        begun.append(next(n for n in range(1, p.epochs) if fall_of(rows[:n], p, 25, 100)))
-    assert begun == [6, 8, 8]  # the loss of the fourth epoch is the lowest
+    general, size = load_checkpoint(SHIPPED_WEIGHTS["general"]), Preprocess(32)
+
+    def begin_of_fall(start, alphabet, images, cer):
+        p = own_preset(Checked([None] * images, [], {}, alphabet, size, [], [], {}), start)
+        rows = [EpochResult(n, 0, max(1, 5 - n), 0, cer, 0, 0) for n in range(1, p.epochs)]
+        begun = next(n for n in range(1, p.epochs) if fall_of(rows[:n], p, 50, 100))
+        return p.keep_statistics, p.batch_size, begun
+
+    own = general, "0123456789京沪"
+    # The loss of the fourth epoch is the lowest.
+    assert begin_of_fall(*own, 800, 0.5) == (True, 8, 6)
+    assert begin_of_fall(*own, 5000, 0.05) == (True, 32, 6)
+    assert begin_of_fall(general, "१२३४५६७८९0", 800, 0.05) == (False, 32, 8)
+    assert begin_of_fall(None, "ab", 800, 0.05) == (False, 32, 8)
+    assert begin_of_fall(*own, 800, 0.05) == (True, 8, 4)  # few errors are left, after 200 steps
 
 
 def torchrun(digits, folder, *flags):
