@@ -47,7 +47,7 @@ from infer_tool import ROOT, SAVE_FOLDER, SHIPPED_WEIGHTS, RecInfer, latest_weig
 from keys import command, named, unusable
 from label_file import UNREADABLE, LabelOptions, find_samples
 
-EPOCHS = 20  # of a background training: the sooner it ends the better, the next goes on from it
+EPOCHS = 10  # of a background training: the sooner it ends the better, the next goes on from it
 FILES = {"all": "labels.txt", "train": "train.txt", "test": "test.txt"}
 PAGE = ROOT / "assets" / "label.html"
 AHEAD = 6  # images that the page is told of
