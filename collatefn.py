@@ -20,7 +20,7 @@ from infer_tool import BATCH_SIZE, MAX_LOGITS
 from model import pick_device
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-SORTED = 8  # batches of 32 images or more, as many as are sorted by width at a time
+SORTED = 8  # batches' worth of images, 32 each at least, that are sorted by width at a time
 SHIFT_X, SHIFT_Y = 2, 1  # pixels that a training batch is moved by, at most
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 # Columns of an evaluated batch, PATCH pixels wide, times their rows, at most: of more, what a layer

@@ -126,7 +126,7 @@ def own_preset(checked, start=None):
         lr = min(0.01, max(0.0015 if hard else 0.003, rate))
         # What thousands of images in many fonts have to teach takes longer to settle.
         fall = min(2, max(Preset.fall, images / 2000)) if hard else Preset.fall
-        # Few images are learnt in a third of the epochs by four times the steps.
+        # By small steps few images are learnt in half of the epochs.
         few = near and images < 2000
         return Preset(
             size, start.model.nh, start.model.depth, epochs, lr, averaging=averaging,
