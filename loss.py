@@ -23,11 +23,13 @@ SMOOTHING, SMOOTHING_STEPS = 0.03, 150
 CLIP = 5.0  # largest norm of the gradient
 MUON = 3.4445, -4.7750, 2.0315  # of the polynomial that drives singular values near to 1
 # A training that ends when it is done: share of its epochs without a lower loss before the rate
-# falls; the fewest epochs of the fall, and steps and epochs without a lower loss, of a new network,
-# and of one that keeps its statistics, whose loss is soon as low as it gets.
+# falls; the fewest steps and epochs without it, and epochs of the fall: of a new network, of one
+# that keeps its statistics, whose loss is soon as low as it gets, and of that with few images.
 PATIENCE = 0.25
-LEAST_FALL, PATIENT_STEPS, PATIENT_EPOCHS = (4, 3), (100, 50), (4, 1)
-ENOUGH_STEPS = 200  # that few errors must have taken, for so little is learnt in the fall alone
+PATIENT_STEPS, PATIENT_EPOCHS, LEAST_FALL = (100, 50, 50), (4, 2, 1), (4, 4, 3)
+# Of few images: the character error rate of those held out below which the falling rate does the
+# rest, and the steps that must have been taken, for so little is learnt in the fall alone.
+ENOUGH, ENOUGH_STEPS = 0.1, 200
 # Nats per image by which a loss must fall to be lower, and share of it. That share is for up to
 # 100 images: the loss of more changes less by chance, with the root of their number.
 LEAST_GAIN, LEAST_SHARE = 0.01, 0.03
@@ -347,9 +349,9 @@ def fall_of(results, preset, steps, images):
     """How long the fall of the rate takes with which a training ends that is done.
 
     The rate falls when the loss of the held-out images has not for a quarter of the epochs, at
-    least PATIENT_EPOCHS and PATIENT_STEPS, or when next to nothing is left of it, or few enough
-    errors, and so early that it has reached 0 after the preset's epochs (Hu et al., "MiniCPM",
-    arXiv 2404.06395, call that warm-up, stable, decay).
+    least PATIENT_EPOCHS and PATIENT_STEPS, or when next to nothing is left of it, or of few images
+    ENOUGH is read, and so early that it has reached 0 after the preset's epochs (Hu et al.,
+    "MiniCPM", arXiv 2404.06395, call that warm-up, stable, decay).
 
     Args:
         results: a `metric.EpochResult` for each epoch.
@@ -367,11 +369,11 @@ def fall_of(results, preset, steps, images):
         waited = 0 if better else waited + 1
         lowest = result.test_loss if better else lowest
     left = preset.epochs - epochs
-    kept = preset.keep_statistics
-    length = max(LEAST_FALL[kept], round(preset.fall * epochs))
-    patient = max(PATIENCE * epochs, PATIENT_STEPS[kept] / steps, PATIENT_EPOCHS[kept])
-    few_errors = results[-1].cer < preset.enough and epochs * steps >= ENOUGH_STEPS
-    if waited < patient and lowest >= NOTHING and not few_errors and length < left:
+    kind = preset.keep_statistics + preset.few
+    length = max(LEAST_FALL[kind], round(preset.fall * epochs))
+    patient = max(PATIENCE * epochs, PATIENT_STEPS[kind] / steps, PATIENT_EPOCHS[kind])
+    read = preset.few and results[-1].cer < ENOUGH and epochs * steps >= ENOUGH_STEPS
+    if waited < patient and lowest >= NOTHING and not read and length < left:
         return 0
     return min(left, length)
 

@@ -54,7 +54,7 @@ class Preset:
             after ``epochs`` at the latest; else after all of them.
         fall: how long the rate falls then, in the epochs before that.
         keep_statistics: of batch normalisation, as a network that reads already has them.
-        enough: character error rate of held-out images below which the falling rate does the rest.
+        few: images, of a script that the network knows: it is soon done, see `fall_of`.
     """
 
     preprocess: Preprocess
@@ -75,7 +75,7 @@ class Preset:
     until_done: bool = False
     fall: float = 0.4
     keep_statistics: bool = False
-    enough: float = 0
+    few: bool = False
 
 
 PRESETS = {  # of the tasks in gen_image.py
@@ -131,7 +131,7 @@ def own_preset(checked, start=None):
         return Preset(
             size, start.model.nh, start.model.depth, epochs, lr, averaging=averaging,
             augment=small_set, muon=2, batch_size=8 if few else 32, amp=True, until_done=True,
-            fall=fall, warm_up=20, keep_statistics=near, enough=0.1 if few else 0,
+            fall=fall, warm_up=20, keep_statistics=near, few=few,
         )  # fmt: skip
     # Each block sees 4 pixels further to either side: half as much again as the height.
     depth = max(round(size.height / 6), 8 if hard else 1)

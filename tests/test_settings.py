@@ -91,9 +91,10 @@ def test_more_images_that_are_cut_end_in_a_longer_fall():
 def test_a_training_is_done_sooner_from_a_network_that_reads_its_script():
     general, size = load_checkpoint(SHIPPED_WEIGHTS["general"]), Preprocess(32)
 
-    def begin_of_fall(start, alphabet, images, cer):
+    def begin_of_fall(start, alphabet, images, cer, lowest=4):
         p = own_preset(Checked([None] * images, [], {}, alphabet, size, [], [], {}), start)
-        rows = [EpochResult(n, 0, max(1, 5 - n), 0, cer, 0, 0) for n in range(1, p.epochs)]
+        losses = [max(1, 1 + lowest - n) for n in range(1, p.epochs)]
+        rows = [EpochResult(n, 0, loss, 0, cer, 0, 0) for n, loss in enumerate(losses, 1)]
         begun = next(n for n in range(1, p.epochs) if fall_of(rows[:n], p, 50, 100))
         return p.keep_statistics, p.batch_size, begun
 
@@ -103,6 +104,9 @@ def test_a_training_is_done_sooner_from_a_network_that_reads_its_script():
     assert begin_of_fall(*own, 5000, 0.05) == (True, 32, 6)
     assert begin_of_fall(general, "१२३४५६७८९0", 800, 0.05) == (False, 32, 8)
     assert begin_of_fall(None, "ab", 800, 0.05) == (False, 32, 8)
+    # Of many images one epoch that was no better is chance.
+    assert begin_of_fall(*own, 800, 0.5, lowest=2) == (True, 8, 3)
+    assert begin_of_fall(*own, 5000, 0.5, lowest=2) == (True, 32, 4)
     assert begin_of_fall(*own, 800, 0.05) == (True, 8, 4)  # few errors are left, after 200 steps
 
 

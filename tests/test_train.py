@@ -125,7 +125,7 @@ def test_a_few_images_are_enough_for_the_general_network(digits, tmp_path):
 # As train.py, but with a loss that never falls by enough: the training is done at once.
 DONE_AT_ONCE = """
 import sys, loss
-loss.LEAST_GAIN, loss.PATIENT_STEPS = 1e9, (20, 20)
+loss.LEAST_GAIN, loss.PATIENT_STEPS = 1e9, (20, 20, 20)
 import train
 sys.exit(train.main())
 """
