@@ -61,9 +61,9 @@ class ConvBNACT(nn.Module):
         """The same with the channels of a place side by side in memory, for a step on the CPU.
 
         Pointwise it is a matrix product. Normalisation, activation and all their gradients
-        pass over one matrix, (N * H' * W', C_out), from front to back. The bias, which
-        normalisation takes away again, only goes into its running mean. Where the statistics
-        are kept, normalisation is a scale and a shift, which the convolution takes over.
+        pass over one matrix, (N * H' * W', C_out), from front to back, as tensors in different
+        orders cannot. The bias, which normalisation takes away again, only goes into its running
+        mean. Kept statistics are a scale and a shift, which the convolution takes over.
         """
         conv, bn = self.conv, self.bn
         weight, bias = conv.weight, None
@@ -75,7 +75,7 @@ class ConvBNACT(nn.Module):
             x = F.linear(x.movedim(1, 3), weight.flatten(1), bias)
         else:
             x = F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=conv.groups)
-            x = x.movedim(1, 3)  # (N, H', W', C_out)
+            x = x.movedim(1, 3).contiguous()  # (N, H', W', C_out)
         if bn.training:
             # As much as makes it ``momentum`` of the bias when the step's mean comes in.
             bn.running_mean.add_(conv.bias.detach(), alpha=bn.momentum / (1 - bn.momentum))
@@ -160,6 +160,8 @@ class MicroNet(nn.Module):
             # does beyond the batch's.
             x = block(x if inside is None else x * inside)
         if not x.is_contiguous():  # see `ConvBNACT`; in the last layer's order it is copied once
+            if x.requires_grad:  # and its gradient back
+                x.register_hook(partial(torch.Tensor.contiguous, memory_format=torch.channels_last))
             x = x.movedim(3, 1).contiguous().movedim(1, 3)
         x = self.flatten(x).transpose(1, 2)  # (N, W/4, nh * img_height/4)
         if classes is None:
@@ -209,10 +211,7 @@ def load_checkpoint(path):
         nh, depth, state = checkpoint["nh"], checkpoint["depth"], checkpoint["state_dict"]
         half = any(tensor.dtype == torch.float16 for tensor in state.values())
         # Half precision is for the disk, not for the processor.
-        state = {
-            name: tensor.float() if tensor.dtype == torch.float16 else tensor
-            for name, tensor in state.items()
-        }
+        state = {k: t.float() if t.dtype == torch.float16 else t for k, t in state.items()}
         if len(state) != 9 + 14 * depth:
             raise ValueError(f"{len(state)} tensors are not those of depth {depth}")
         # Memory stays bounded by the file, and no random numbers are taken from a training.

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import run_script
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ctc_label_converter import CTCLabelConverter
 from image import Preprocess
@@ -125,6 +126,34 @@ def test_a_training_that_keeps_its_statistics_reads_as_the_network_does():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     model.begin_training()
     assert not torch.allclose(model(images), expected)
+
+
+class DifferentOrders(TorchDispatchMode):
+    """Collects what computes with a batch's maps that lie in memory in different orders."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.found = 0, []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        maps = [a for a in args if isinstance(a, torch.Tensor) and a.ndim == 4 and len(a) == 3]
+        orders = {a.stride() for a in maps if a.shape == maps[0].shape}
+        if len(maps) > 1 and operation is not torch.ops.aten.copy_.default:
+            self.seen += 1
+            self.found += [operation] * (len(orders) > 1)
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("keep_statistics", [False, True])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_nothing_in_a_step_goes_through_two_tensors_in_different_orders(keep_statistics, order):
+    """That is ten times as slow: PyTorch takes such tensors number by number."""
+    model = MicroNet(nh=8, nclass=11)
+    model.begin_training(keep_statistics)
+    images = torch.randn(3, 3, 32, 64).contiguous(memory_format=order)
+    with DifferentOrders() as orders:
+        model(images, torch.tensor([64, 40, 60])).square().mean().backward()
+    assert orders.seen > 10 and not orders.found
 
 
 def test_shapes_that_do_not_fit_are_refused():
