@@ -20,7 +20,9 @@ from infer_tool import BATCH_SIZE, MAX_LOGITS
 from model import pick_device
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-SORTED = 8  # batches' worth of images, 32 each at least, that are sorted by width at a time
+# Batches' worth of images that are sorted by width at a time, but no more than a quarter of all,
+# or epochs would differ too little, unless those are fewer than the least.
+SORTED, LEAST_SORTED = 32, 256
 SHIFT_X, SHIFT_Y = 2, 1  # pixels that a training batch is moved by, at most
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 # Columns of an evaluated batch, PATCH pixels wide, times their rows, at most: of more, what a layer
@@ -204,7 +206,7 @@ class EpochOrder:
         order = torch.randperm(len(self.widths), generator=self.generator).tolist()
         mixed = len(set(self.widths)) > 1
         if mixed:
-            chunk = SORTED * max(32, self.batch_size)
+            chunk = min(SORTED * self.batch_size, max(LEAST_SORTED, len(order) // 4))
             parts = [order[i : i + chunk] for i in range(0, len(order), chunk)]
             order = [i for part in parts for i in sorted(part, key=self.widths.__getitem__)]
         batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]

@@ -108,7 +108,10 @@ def own_preset(checked, start=None):
         start: the `model.Recogniser` that the training goes on from, None for a new network.
     """
     images, size = len(checked.train), checked.preprocess
-    epochs = min(300, max(3, round(4700 / math.sqrt(images))))
+    # Of another script than its own a network has all to learn, its statistics too.
+    known = set(checked.alphabet) & set(start.converter.alphabet) if start else ()
+    near = 2 * len(known) > len(checked.alphabet)
+    epochs = min(300, max(3, round((3300 if near else 4700) / math.sqrt(images))))
     # Over some three epochs of many images, or the loss that ends the training only flickers.
     averaging = min(0.999, max(0.99, 1 - 12 / images))
     # Much background, or much detail: what varies in size, place and font is harder to read.
@@ -117,15 +120,12 @@ def own_preset(checked, start=None):
     # Looks are for many fonts: where there is one, they blur what tells 0 from O.
     small_set = "looks" if hard else "affine"
     if start:
-        # Of another script it has all to learn, its statistics too.
-        known = set(checked.alphabet) & set(start.converter.alphabet)
-        near = 2 * len(known) > len(checked.alphabet)
         # A high rate unlearns what is known of other fonts, of which few images show too little;
         # many are learnt by heart at a low one.
         rate = 0.003 * (images / 100) ** (1 / 3) if near and not hard else images / 450_000
         lr = min(0.01, max(0.0015 if hard else 0.003, rate))
         # What thousands of images in many fonts have to teach takes longer to settle.
-        fall = min(2, max(Preset.fall, images / 2000)) if hard else Preset.fall
+        fall = min(4, max(Preset.fall, images / 1000)) if hard else Preset.fall
         # By small steps few images are learnt in half of the epochs.
         few = near and images < 2000
         return Preset(
