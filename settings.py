@@ -124,10 +124,11 @@ def own_preset(checked, start=None):
         # many are learnt by heart at a low one.
         rate = 0.003 * (images / 100) ** (1 / 3) if near and not hard else images / 450_000
         lr = min(0.01, max(0.0015 if hard else 0.003, rate))
-        # What thousands of images in many fonts have to teach takes longer to settle.
-        fall = min(4, max(Preset.fall, images / 1000)) if hard else Preset.fall
         # By small steps few images are learnt in half of the epochs.
         few = near and images < 2000
+        # What thousands of images in many fonts have to teach takes longer to settle.
+        longer = min(4, images / 1000) if near and not few else min(2, images / 2000)
+        fall = max(Preset.fall, longer) if hard else Preset.fall
         return Preset(
             size, start.model.nh, start.model.depth, epochs, lr, averaging=averaging,
             augment=small_set, muon=2, batch_size=8 if few else 32, amp=True, until_done=True,

@@ -77,7 +77,7 @@ def test_more_images_that_are_cut_end_in_a_longer_fall():
         size = Preprocess(40 if trim else 32, trim=trim)
         return own_preset(Checked([None] * images, [], {}, "ab", size, [], [], {}), start)
 
-    counts = [50, 400, 4500, 50000]
+    counts = [50, 500, 4500, 50000]
     cut, whole = ([preset(n, trim) for n in counts] for trim in (True, False))
     assert len({p.fall for p in [*whole, *cut[:2]]}) == 1
     assert whole[0].fall < preset(1500, True).fall < cut[2].fall == cut[3].fall
