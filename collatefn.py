@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +56,23 @@ class Batch(NamedTuple):
     def columns(self):
         """(N,) int64, columns of each image that count."""
         return self.widths // PATCH
+
+    def parts(self, size):
+        """The batch in parts of about ``size`` images, each as wide as its widest."""
+        count = max(1, round(len(self.labels) / size))
+        cuts = [round(i * len(self.labels) / count) for i in range(count + 1)]
+        ends = [0, *self.target_lengths.cumsum(0).tolist()]
+        for first, end in pairwise(cuts):
+            part = slice(first, end)
+            yield Batch(
+                self.images[part, ..., : self.widths[part].max()],
+                self.widths[part],
+                self.targets[ends[first] : ends[end]],
+                self.target_lengths[part],
+                self.labels[part],
+                self.indices[part],
+                self.whole,
+            )
 
 
 class TextImageDataset:

@@ -62,13 +62,14 @@ from image import SURE, other_looks
 from infer_tool import RecInfer, latest_weights, written_weights
 from keys import choose_ngrams, command
 from loss import (
+    PART,
     CTCLoss,
     MovingAverage,
     Optimizer,
-    batch_logits,
     best_epoch,
     fall_of,
     learning_rate,
+    losses_of_parts,
     precision,
     reason_to_stop,
     take_step,
@@ -140,17 +141,18 @@ class Run:
         return replace(self.recogniser, model=self.average.module)
 
 
-def loss_of(run, batch, criterion):
-    """The mean loss of a batch's images."""
+def losses_of(run, batch, criterion):
+    """`loss.losses_of_parts` of a batch, augmented."""
     images, preset = batch.images.to(run.device, non_blocking=True), run.plan.preset
     augment, normalise = AUGMENTATIONS[preset.augment], preset.preprocess.normalise
     if augment is random_shift:  # whole pixels are moved as bytes, a quarter of what numbers take
         images = normalise(augment(images), run.kind)
     else:
         images = augment(normalise(images))
-    with run.autocast:
-        logits, targets = batch_logits(run.forward, images, batch, run.recogniser.converter.nclass)
-    return criterion(logits.float(), targets, batch.columns, batch.target_lengths)
+    world, nclass = processes()[1], run.recogniser.converter.nclass
+    in_parts = preset.keep_statistics and run.device.type == "cpu" and world == 1
+    parts = batch._replace(images=images).parts(PART if in_parts else batch.whole)
+    return losses_of_parts(run.forward, parts, criterion, nclass, run.autocast, world)
 
 
 def train_epoch(run, bar):
@@ -166,14 +168,12 @@ def train_epoch(run, bar):
         lr = run.optimizer.lr = learning_rate(preset, progress.step, steps, fall)
         criterion.set_step(progress.step, preset.flat)
         kept = run.optimizer.numbers.statistics.clone()
-        loss = loss_of(run, batch, criterion)
-        # The processes' gradients are averaged, their shares of a batch may differ by an image.
-        count = len(batch.labels)
-        share = count * processes()[1] / batch.whole
-        if take_step(run.optimizer, run.scaler, loss * share):
+        losses = losses_of(run, batch, criterion)
+        loss, finite = take_step(run.optimizer, run.scaler, losses)
+        if finite:
             run.average.update()
-            total_loss += loss.detach() * count
-            images += count
+            total_loss += loss * (batch.whole / processes()[1])
+            images += len(batch.labels)
             in_a_row = 0
         else:  # batch normalisation has seen the numbers before the step was refused
             run.optimizer.numbers.statistics.copy_(kept)

@@ -1,11 +1,13 @@
 """The loss against what it is defined by, a sample of classes against all, the best epoch."""
 
+import contextlib
 import copy
 
 import numpy as np
 import pytest
 import torch
 
+from collatefn import Batch
 from ctc_label_converter import CTCLabelConverter
 from loss import (
     SAMPLED,
@@ -13,6 +15,7 @@ from loss import (
     MovingAverage,
     Optimizer,
     best_epoch,
+    losses_of_parts,
     orthogonal,
     sample_classes,
 )
@@ -36,6 +39,30 @@ def test_loss_ignores_padded_columns_and_fits_the_probability():
     for gradient, width in zip(logits.grad, columns, strict=True):
         assert gradient[:width].abs().min() > 0
         assert gradient[width:].abs().max() == 0 if width < 10 else True
+
+
+@pytest.mark.parametrize(("size", "count"), [(1, 5), (2, 2), (3, 2), (5, 1), (9, 1)])
+def test_a_batch_in_parts_has_the_loss_and_gradient_of_the_whole(size, count):
+    torch.manual_seed(0)
+    network, widths = MicroNet(8, 1, 4), torch.tensor([40, 24, 32, 16, 36])
+    network.begin_training(keep_statistics=True)
+    labels, converter = ["ab", "a", "b a", "", "bb"], CTCLabelConverter(ALPHABET)
+    targets, lengths = map(torch.from_numpy, converter.encode(labels))
+    batch = Batch(torch.randn(5, 3, 32, 40), widths, targets, lengths, labels, [*range(5)], 5)
+    CTCLoss()(network(batch.images, widths), targets, batch.columns, lengths).backward()
+    expected = [p.grad.clone() for p in network.parameters()]
+    network.zero_grad()
+    parts = list(batch.parts(size))
+    assert len(parts) == count
+    assert [label for part in parts for label in part.labels] == labels
+    assert [i for part in parts for i in part.indices] == batch.indices
+    assert all(part.images.shape[3] == part.widths.max() for part in parts)
+    whole = sum(losses_of_parts(network, parts, CTCLoss(), 4, contextlib.nullcontext(), 1))
+    whole.backward()
+    loss = CTCLoss()(network(batch.images, widths), targets, batch.columns, lengths)
+    assert whole.item() == pytest.approx(loss.item(), rel=1e-5)
+    for parameter, gradient in zip(network.parameters(), expected, strict=True):
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
 
 
 def test_a_network_that_reads_already_gets_neither_kind_of_start():
