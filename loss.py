@@ -142,23 +142,22 @@ def sample_classes(targets, nclass):
     return classes, places + 1, correction
 
 
-def batch_logits(network, images, batch, nclass):
+def batch_logits(network, batch, nclass):
     """What the loss of a training batch is taken of; of many classes, a sample.
 
     Args:
         network: a `model.MicroNet`, or what stands for it.
-        images: (N, 3, H, W) float, normalised, on its device.
-        batch: the `collatefn.Batch` that they are of.
+        batch: a `collatefn.Batch`, its images as float, normalised, on the network's device.
         nclass: number of all classes.
 
     Returns:
         (logits, targets) for `CTCLoss`.
     """
     if nclass <= 4 * SAMPLED:
-        return network(images, batch.widths), batch.targets
+        return network(batch.images, batch.widths), batch.targets
     classes, targets, correction = sample_classes(batch.targets, nclass)
-    logits = network(images, batch.widths, classes.to(images.device))
-    return logits + correction.to(images.device), targets
+    logits = network(batch.images, batch.widths, classes.to(batch.images.device))
+    return logits + correction.to(logits.device), targets
 
 
 def losses_of_parts(network, parts, criterion, nclass, autocast, world):
@@ -166,14 +165,14 @@ def losses_of_parts(network, parts, criterion, nclass, autocast, world):
 
     Args:
         network, nclass: see `batch_logits`.
-        parts: `collatefn.Batch.parts` of a batch, their images normalised.
+        parts: of a batch, as `batch_logits` takes them, or the batch alone.
         criterion: a `CTCLoss`.
         autocast: the context of the network's pass.
         world: processes, whose gradients are averaged; their shares may differ by an image.
     """
     for part in parts:
         with autocast:
-            logits, targets = batch_logits(network, part.images, part, nclass)
+            logits, targets = batch_logits(network, part, nclass)
         loss = criterion(logits.float(), targets, part.columns, part.target_lengths)
         yield loss * (len(part.labels) * world / part.whole)
 

@@ -151,7 +151,8 @@ def losses_of(run, batch, criterion):
         images = augment(normalise(images))
     world, nclass = processes()[1], run.recogniser.converter.nclass
     in_parts = preset.keep_statistics and run.device.type == "cpu" and world == 1
-    parts = batch._replace(images=images).parts(PART if in_parts else batch.whole)
+    batch = batch._replace(images=images)
+    parts = batch.parts(PART) if in_parts else [batch]
     return losses_of_parts(run.forward, parts, criterion, nclass, run.autocast, world)
 
 
@@ -168,8 +169,7 @@ def train_epoch(run, bar):
         lr = run.optimizer.lr = learning_rate(preset, progress.step, steps, fall)
         criterion.set_step(progress.step, preset.flat)
         kept = run.optimizer.numbers.statistics.clone()
-        losses = losses_of(run, batch, criterion)
-        loss, finite = take_step(run.optimizer, run.scaler, losses)
+        loss, finite = take_step(run.optimizer, run.scaler, losses_of(run, batch, criterion))
         if finite:
             run.average.update()
             total_loss += loss * (batch.whole / processes()[1])

@@ -49,7 +49,8 @@ def test_a_batch_in_parts_has_the_loss_and_gradient_of_the_whole(size, count):
     labels, converter = ["ab", "a", "b a", "", "bb"], CTCLabelConverter(ALPHABET)
     targets, lengths = map(torch.from_numpy, converter.encode(labels))
     batch = Batch(torch.randn(5, 3, 32, 40), widths, targets, lengths, labels, [*range(5)], 5)
-    CTCLoss()(network(batch.images, widths), targets, batch.columns, lengths).backward()
+    loss = CTCLoss()(network(batch.images, widths), targets, batch.columns, lengths)
+    loss.backward()
     expected = [p.grad.clone() for p in network.parameters()]
     network.zero_grad()
     parts = list(batch.parts(size))
@@ -59,7 +60,6 @@ def test_a_batch_in_parts_has_the_loss_and_gradient_of_the_whole(size, count):
     assert all(part.images.shape[3] == part.widths.max() for part in parts)
     whole = sum(losses_of_parts(network, parts, CTCLoss(), 4, contextlib.nullcontext(), 1))
     whole.backward()
-    loss = CTCLoss()(network(batch.images, widths), targets, batch.columns, lengths)
     assert whole.item() == pytest.approx(loss.item(), rel=1e-5)
     for parameter, gradient in zip(network.parameters(), expected, strict=True):
         assert torch.allclose(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
