@@ -44,11 +44,11 @@ def test_loss_ignores_padded_columns_and_fits_the_probability():
 @pytest.mark.parametrize(("size", "count"), [(1, 5), (2, 2), (3, 2), (5, 1), (9, 1)])
 def test_a_batch_in_parts_has_the_loss_and_gradient_of_the_whole(size, count):
     torch.manual_seed(0)
-    network, widths = MicroNet(8, 1, 4), torch.tensor([40, 24, 32, 16, 36])
+    network, widths = MicroNet(8, 1, 4), torch.tensor([304, 188, 256, 124, 288])
     network.begin_training(keep_statistics=True)
     labels, converter = ["ab", "a", "b a", "", "bb"], CTCLabelConverter(ALPHABET)
     targets, lengths = map(torch.from_numpy, converter.encode(labels))
-    batch = Batch(torch.randn(5, 3, 32, 40), widths, targets, lengths, labels, [*range(5)], 5)
+    batch = Batch(torch.randn(5, 3, 32, 304), widths, targets, lengths, labels, [*range(5)], 5)
     loss = CTCLoss()(network(batch.images, widths), targets, batch.columns, lengths)
     loss.backward()
     expected = [p.grad.clone() for p in network.parameters()]
@@ -57,12 +57,23 @@ def test_a_batch_in_parts_has_the_loss_and_gradient_of_the_whole(size, count):
     assert len(parts) == count
     assert [label for part in parts for label in part.labels] == labels
     assert [i for part in parts for i in part.indices] == batch.indices
-    assert all(part.images.shape[3] == part.widths.max() for part in parts)
+    assert all(0 <= part.images.shape[3] / part.widths.max() - 1 < 1 / 8 for part in parts)
     whole = sum(losses_of_parts(network, parts, CTCLoss(), 4, contextlib.nullcontext(), 1))
     whole.backward()
     assert whole.item() == pytest.approx(loss.item(), rel=1e-5)
     for parameter, gradient in zip(network.parameters(), expected, strict=True):
         assert torch.allclose(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_parts_have_few_widths_but_that_of_images_which_have_one():
+    def parts(*widths):
+        none = torch.zeros(len(widths), dtype=torch.int64)
+        labels, images = [""] * len(widths), torch.zeros(len(widths), 3, 4, max(widths))
+        return Batch(images, torch.tensor(widths), none[:0], none, labels, [], 1).parts(1)
+
+    widths = range(4, 1600, 4)
+    assert len({part.images.shape[3] for part in parts(*widths)}) < len(widths) / 5
+    assert {part.images.shape[3] for part in parts(76, 76, 76)} == {76}
 
 
 def test_a_network_that_reads_already_gets_neither_kind_of_start():
