@@ -49,13 +49,8 @@ ZERO_WIDTH = dict.fromkeys(map(ord, "\u00ad\u200b\u200e\u200f\u2060\ufeff"))
 JOINERS = "\u200c\u200d"
 FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: 0x20}
 # Cyrillic and Greek letters, and the Latin ones that nobody can tell from them.
-LOOK_ALIKES = dict(
-    zip(
-        "АВЕЅІЈКМНОРСТХҮаесорхуѕіјΑΒΕΖΗΙΚΜΝΟΡΤΥΧο",  # noqa: RUF001
-        "ABESIJKMHOPCTXYaecopxysijABEZHIKMNOPTYXo",
-        strict=True,
-    )
-)
+LIKE_LATIN = "АВЕЅІЈКМНОРСТХҮаесорхуѕіјΑΒΕΖΗΙΚΜΝΟΡΤΥΧο"  # noqa: RUF001
+LOOK_ALIKES = dict(zip(LIKE_LATIN, "ABESIJKMHOPCTXYaecopxysijABEZHIKMNOPTYXo", strict=True))
 SAME_IN_BOTH = frozenset("cosuvwxz")  # letters whose two cases differ in size alone
 NUMBER = re.compile(r"\b(?=\w*\d\w*\d)[\doOlI]*[\doO]\b", re.ASCII)
 DIGITS = str.maketrans("oOlI", "0011")
@@ -312,8 +307,7 @@ def reordered(text):
         algorithm.apply_mirroring,
     ):
         step(storage, False)
-    characters = storage["chars"]
-    return "".join(c["ch"] for c in characters), [c["place"] for c in characters]
+    return "".join(c["ch"] for c in storage["chars"]), [c["place"] for c in storage["chars"]]
 
 
 def unusable(text):
@@ -397,10 +391,7 @@ def _are_counters(pairs):
         groups[label].append(int(rest))
     everything = sorted(number for numbers in groups.values() for number in numbers)
     dense = len(set(everything)) == len(everything) and everything[-1] < 1.2 * len(everything) + 1
-    each = all(
-        len(set(numbers)) == len(numbers) and max(numbers) <= len(numbers)
-        for numbers in groups.values()
-    )
+    each = all(len(set(own)) == len(own) >= max(own) for own in groups.values())
     # Many labels that all have the one counter 1 say as little as decimals would.
     return (dense and len(everything) > 1) or (each and len(groups) < len(pairs))
 
@@ -491,8 +482,12 @@ def import_or_say(package, purpose):
     """Import a package that is optional.
 
     Raises ValueError, with the line that installs it, where it is missing. What a broken
-    installation raises is passed on.
+    installation raises is passed on. Ctrl-C waits: it makes some native code abort.
     """
+    held, before = [], signal.getsignal(signal.SIGINT)
+    hold = before is not None and threading.current_thread() is threading.main_thread()
+    if hold:
+        signal.signal(signal.SIGINT, lambda number, _: held.append(number))
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
@@ -500,6 +495,11 @@ def import_or_say(package, purpose):
             raise
         name = {"bidi": "python-bidi"}.get(error.name, error.name)
         raise ValueError(f"{purpose}, which is missing: pip install {name}") from None
+    finally:
+        if hold:
+            signal.signal(signal.SIGINT, before)
+        for number in held[:1]:
+            signal.raise_signal(number)
 
 
 def check_alphabet(alphabet, source="the alphabet"):

@@ -4,8 +4,11 @@ import itertools
 import math
 import random
 import string
+import subprocess
+import sys
 
 import pytest
+from helpers import ENVIRONMENT, ROOT
 
 from keys import (
     ALPHABETS,
@@ -168,3 +171,21 @@ def test_only_texts_that_follow_rules_are_expected_to_be_like_labels():
 def test_what_is_no_table_of_ngrams_is_refused(counts):
     with pytest.raises(ValueError, match="n-gram"):
         Ngrams(counts)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
+def test_ctrl_c_during_an_import_comes_when_the_package_is_whole(tmp_path):
+    """In the midst of it native code, such as onnx's, aborts with a traceback."""
+    package = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nwhole = True\n"
+    (tmp_path / "slow_package.py").write_text(package, encoding="utf-8")
+    script = (
+        "import signal, sys, keys\n"
+        "try:\n    keys.import_or_say('slow_package', '')\n"
+        "except KeyboardInterrupt:\n    print(sys.modules['slow_package'].whole)\n"
+        "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False,
+        timeout=60, env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert (done.stdout.split(), done.stderr) == (["True", "True"], "")
