@@ -180,6 +180,7 @@ def test_ctrl_c_during_an_import_comes_when_the_package_is_whole(tmp_path):
     (tmp_path / "slow_package.py").write_text(package, encoding="utf-8")
     script = (
         "import signal, sys, keys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # as `command` does
         "try:\n    keys.import_or_say('slow_package', '')\n"
         "except KeyboardInterrupt:\n    print(sys.modules['slow_package'].whole)\n"
         "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)\n"
