@@ -333,7 +333,7 @@ def settle_memory():
     network. Other C libraries do not have that call.
 
     oneDNN keeps the code and buffers of the last 128 operations and shapes, of which a step has
-    20, not of 1,024: where images vary in width those take gigabytes, and save no time.
+    20, not of 1,024: where images vary in width those take gigabytes, and save little time.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     with suppress(AttributeError, OSError, TypeError):

@@ -487,7 +487,7 @@ def import_or_say(package, purpose):
     held, before = [], signal.getsignal(signal.SIGINT)
     hold = before is not None and threading.current_thread() is threading.main_thread()
     if hold:
-        signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+        signal.signal(signal.SIGINT, lambda *_: held.append(True))
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
@@ -498,8 +498,8 @@ def import_or_say(package, purpose):
     finally:
         if hold:
             signal.signal(signal.SIGINT, before)
-        for number in held[:1]:
-            signal.raise_signal(number)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 def check_alphabet(alphabet, source="the alphabet"):

@@ -22,7 +22,7 @@ SAMPLED = 256
 SMOOTHING, SMOOTHING_STEPS = 0.03, 150
 CLIP = 5.0  # largest norm of the gradient
 # Images of a step that go through the network together where they share no statistics, on the
-# CPU: they are padded to the widest of these alone, and more of a layer stays in the cache.
+# CPU: they are padded to little over their own widest, and more of a layer stays in the cache.
 PART = 8
 MUON = 3.4445, -4.7750, 2.0315  # of the polynomial that drives singular values near to 1
 # A training that ends when it is done: share of its epochs without a lower loss before the rate
