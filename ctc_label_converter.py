@@ -432,9 +432,11 @@ def prefix_beam_search(probs, beam, shortest=0, longest=None, least=0.0):
                 if before:
                     grown[(*prefix, k)][1] += before * column[k]
         # A prefix that the columns left cannot complete takes no place in the beam.
-        able = [item for item in grown.items() if len(item[0]) + len(probs) - t > shortest]
-        prefixes = dict(sorted(able, key=lambda item: -sum(item[1]))[:beam])
-    found = [(prefix, sum(parts)) for prefix, parts in prefixes.items()]
+        if len(grown) > beam or shortest:
+            able = [item for item in grown.items() if len(item[0]) + len(probs) - t > shortest]
+            grown = dict(sorted(able, key=lambda item: -sum(item[1]))[:beam])
+        prefixes = grown
+    found = sorted(((p, sum(parts)) for p, parts in prefixes.items()), key=lambda item: -item[1])
     return [item for item in found if len(item[0]) >= shortest and item[1] > 0]
 
 

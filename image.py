@@ -329,7 +329,8 @@ def _unlike(pixels, colour, least=INK):
     """(H, W) bool: which of (H, W, 3) int16 pixels differ from a colour by more than noise does."""
     steps = np.abs(np.diff(pixels[[0, -1]], axis=1)).max(2)  # at the edges, where hardly text is
     noise = np.median(steps) if steps.size else 0  # of one column, none
-    return np.abs(pixels - colour).max(2) > max(least, NOISY * noise)
+    red, green, blue = np.abs(pixels - colour).transpose(2, 0, 1)  # max(2) takes five times as long
+    return np.maximum(np.maximum(red, green), blue) > max(least, NOISY * noise)
 
 
 def _around(pixels):
