@@ -369,8 +369,8 @@ def begin(args, device):
     """Prepare a training, or go on with one. Returns its `Run`."""
     rank, world = processes()
     start = settings.starting_point(args)
+    settings.check_writable(args.out)  # before what takes minutes: drawing, looking at the data
     plan = from_first(lambda: settings.prepare(args, start, device))
-    settings.check_writable(args.out)
     files = settings.output_files(args, plan.preset)
     from_first(lambda: network.claim(files.checkpoint))
     if rank == 0:

@@ -44,7 +44,8 @@ def test_bad_input(digits, trained, tmp_path):
         (["--data", tmp_path / "nowhere"], ["nowhere", "no such folder or label file"]),
         (["--data", tmp_path / "broken", "--alphabet", "digits"], ["train.txt:7: no tab"]),
         (["--data", digits, "--alphabet", tmp_path / "file"], ["train.txt:1: ", "alphabet"]),
-        ([*data, "--out", tmp_path / "file" / "out"], ["--out", "cannot be written"]),
+        # Before the data are looked at, which may take minutes.
+        (["--data", "nowhere", "--out", tmp_path / "file" / "out"], ["--out", "cannot be written"]),
         ([*data, "--device", "cuda:99"], ["--device cuda:99"]),
         ([*data, "--device", "toaster"], ["--device toaster"]),
         ([*data, "--width", "30"], ["--width 30"]),
